@@ -58,9 +58,7 @@ def run(
         return getattr(error, "exit_code", FAILED)
 
 
-def _parse_and_call(
-    prog: str, summary: str, commands: Mapping[str, Callable[..., int]], args: list[str]
-) -> int:
+def _parse_and_call(prog: str, summary: str, commands: Mapping[str, Callable[..., int]], args: list[str]) -> int:
     """Parses first, calls afterwards: only the parser's own complaints are folded into one line."""
     chosen: list[Callable[[], int]] = []
     deferred = {verb: _deferred(function, chosen) for verb, function in commands.items()}

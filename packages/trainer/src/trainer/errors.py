@@ -1,0 +1,13 @@
+"""The two kinds of mistake that the trainer reports in one line: a failed run, and a request that cannot be run."""
+
+
+class TrainerError(Exception):
+    """Something that the run met is broken or missing: exit code 1."""
+
+    exit_code = 1
+
+
+class ConfigError(TrainerError):
+    """The options contradict each other, or what they name: exit code 2. Raised before anything is written."""
+
+    exit_code = 2

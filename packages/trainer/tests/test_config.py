@@ -1,0 +1,87 @@
+"""Options: precedence, YAML's traps, contradictions named with both values."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from trainer import TrainConfig
+from trainer.config import partial_default, read_yaml, write_yaml
+from trainer.errors import ConfigError
+
+NEEDED = dict(
+    data_path=Path("data"),
+    load_weights=Path("model"),
+    output_dir=Path("run"),
+    train_iters=10,
+    seq_length=16,
+    global_batch_size=8,
+    lr=1e-3,
+)
+
+
+def yaml_of(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def test_a_number_without_a_point_is_still_a_number(tmp_path):
+    assert read_yaml(yaml_of(tmp_path, "lr: 3e-4\nmin_lr: 0")) == {"lr": 3e-4, "min_lr": 0.0}
+
+
+@pytest.mark.parametrize("line", ["bf16: 'no'", "train_iters: 1.5", "train_iters: true", "lr: fast", "mode: zerro"])
+def test_a_value_of_another_type_is_refused(tmp_path, line):
+    with pytest.raises(ConfigError, match=line.split(":")[0]):
+        read_yaml(yaml_of(tmp_path, line))
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path):
+    with pytest.raises(ConfigError, match="perhaps you meant 'global_batch_size'"):
+        read_yaml(yaml_of(tmp_path, "global_batchsize: 8"))
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "a: [", "just words"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        read_yaml(yaml_of(tmp_path, text))
+
+
+def test_the_resolved_configuration_is_a_valid_one(tmp_path):
+    config = TrainConfig(**NEEDED, bf16=True, lr_decay_iters=50)
+    write_yaml(config, tmp_path / "config.yaml")
+    again = TrainConfig(**read_yaml(tmp_path / "config.yaml"))
+    paths = {name: NEEDED[name].resolve() for name in ("data_path", "load_weights", "output_dir")}
+    assert again == dataclasses.replace(config, **paths)
+
+
+def test_what_a_file_leaves_open_stays_required():
+    default = partial_default({"lr": 0.5})
+    assert default.lr == 0.5
+    assert default.train_iters is partial_default({}).seq_length  # the parser's mark for a missing value
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bf16": True, "fp16": True}, "--bf16 and --fp16"),
+        ({"min_lr": 1.0}, "--min-lr 1.0 is above --lr 0.001"),
+        ({"lr_warmup_iters": 10}, "--lr-warmup-iters 10"),
+        ({"split": "1,2"}, "--split"),
+        ({"split": "0,1,0"}, "--split"),
+        ({"seq_length": 0}, "--seq-length 0"),
+        ({"lr": float("nan")}, "--lr nan"),
+        ({"adam_beta1": 1.0}, "--adam-beta1 1.0"),
+    ],
+)
+def test_contradictions_are_named(change, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(**{**NEEDED, **change})
+
+
+def test_batches_and_processes_have_to_divide():
+    config = TrainConfig(**NEEDED, micro_batch_size=2, tensor_model_parallel_size=2)
+    assert config.num_microbatches(4) == 2
+    with pytest.raises(ConfigError, match="3 processes do not divide by --tensor-model-parallel-size 2"):
+        config.num_microbatches(3)
+    with pytest.raises(ConfigError, match="--global-batch-size 8 is no multiple of --micro-batch-size 2 times 3"):
+        config.num_microbatches(6)
