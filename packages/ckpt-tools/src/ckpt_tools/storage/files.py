@@ -1,0 +1,202 @@
+"""Files read by position into buffers that the caller reuses, and tensors as byte ranges of such files."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckpt_tools.dtypes import ITEM_SIZE, WEIGHT_DTYPES, DType
+from ckpt_tools.errors import CheckpointError
+
+BLOCK_BYTES = 4 << 20
+"""How much is read at once: large enough for disk speed, small enough that memory does not grow with a model."""
+
+MAX_JSON_BYTES = 64 << 20
+
+
+class File:
+    """A file that is open for reading.
+
+    Raises:
+        CheckpointError: It does not exist, or a page or a pointer was downloaded in its place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist") from None
+        self.size = os.fstat(self._fd).st_size
+        try:
+            refuse_stand_ins(path, os.pread(self._fd, 512, 0))
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fills `view` with the bytes from `offset` on.
+
+        Raises:
+            CheckpointError: The file ends before.
+        """
+        while view:
+            got = os.preadv(self._fd, [view], offset)
+            if not got:
+                raise CheckpointError(f"{self.path} is truncated: {len(view)} bytes are missing at {offset}")
+            view, offset = view[got:], offset + got
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on."""
+        data = bytearray(size)
+        self.read_into(memoryview(data), offset)
+        return bytes(data)
+
+    def close(self) -> None:
+        """Closes the file; no more reading."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@dataclass(frozen=True, slots=True)
+class DiskTensor:
+    """A row-major tensor of one or two dimensions, as a byte range of a file. A vector is a column of rows."""
+
+    file: File
+    start: int
+    """Byte offset of its first element."""
+    dtype: str
+    shape: tuple[int, ...]
+    name: str
+    """What the file calls it."""
+
+    @property
+    def where(self) -> str:
+        """File and name, for errors."""
+        return f"{self.name} in {self.file.path}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its elements."""
+        return prod(self.shape) * ITEM_SIZE[self.dtype]
+
+    @property
+    def numpy_dtype(self) -> DType:
+        """Its element type.
+
+        Raises:
+            CheckpointError: It is none that weights have.
+        """
+        if self.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(f"{self.where} is of {self.dtype}: weights are {', '.join(WEIGHT_DTYPES)}")
+        return WEIGHT_DTYPES[self.dtype]
+
+    def read_rows(self, first_row: int, first_column: int, out: "np.ndarray[Any, Any]", scratch: bytearray) -> None:
+        """Copies the rectangle that begins at (first_row, first_column) and has the shape of `out` into `out`.
+
+        Args:
+            first_row: Row in this tensor.
+            first_column: Column in this tensor; 0 for a vector.
+            out: [rows, columns], of any float type: elements are cast to it.
+            scratch: Memory to read into where bytes cannot go straight to `out`; grows to hold one row.
+        """
+        dtype = self.numpy_dtype
+        width = self.shape[1] if len(self.shape) == 2 else 1
+        rows, columns = out.shape
+        row_bytes = width * dtype.itemsize
+        start = self.start + first_row * row_bytes
+        if out.dtype == dtype and columns == width and out.flags.c_contiguous:
+            self.file.read_into(_bytes_of(out), start)
+            return
+        if out.dtype == dtype and 2 * columns <= width and out.strides[1] == dtype.itemsize:
+            start += first_column * dtype.itemsize
+            for n in range(rows):  # a narrow column: reading the rest of each row would cost more than the calls
+                self.file.read_into(_bytes_of(out[n]), start + n * row_bytes)
+            return
+        if len(scratch) < row_bytes:
+            scratch.extend(bytes(row_bytes - len(scratch)))
+        step = len(scratch) // row_bytes
+        for n in range(0, rows, step):
+            count = min(step, rows - n)
+            block = np.frombuffer(scratch, dtype, count * width).reshape(count, width)
+            self.file.read_into(memoryview(scratch)[: count * row_bytes], start + n * row_bytes)
+            _cast(block[:, first_column : first_column + columns], out[n : n + count], self)
+
+
+def _bytes_of(array: "np.ndarray[Any, Any]") -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _cast(block: "np.ndarray[Any, Any]", out: "np.ndarray[Any, Any]", tensor: DiskTensor) -> None:
+    """Copies with a cast, refusing a cast that turns a number into infinity."""
+    with np.errstate(over="ignore"):
+        np.copyto(out, block, casting="unsafe")
+    if out.dtype != block.dtype and not np.array_equal(np.isfinite(out), np.isfinite(block)):
+        raise CheckpointError(f"{tensor.where} has values that {out.dtype.name} cannot hold")
+
+
+def refuse_stand_ins(path: Path, head: bytes) -> None:
+    """Refuses what is often found in place of a file that was to be downloaded.
+
+    Raises:
+        CheckpointError: `head`, the file's first bytes, is that of a web page or of a Git-LFS pointer.
+    """
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise CheckpointError(f"{path} is a Git-LFS pointer, not the file itself: run `git lfs pull`")
+    if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+        raise CheckpointError(
+            f"{path} is an HTML page, not the file itself: download it again, from /resolve/ instead of /blob/"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: There is no such file, or it holds something else.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_JSON_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path} does not exist") from None
+    refuse_stand_ins(path, data[:512])
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """The object in JSON text; `where` names it in errors."""
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{where} is larger than {MAX_JSON_BYTES >> 20} MiB")
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from None
+    if type(value) is not dict:
+        raise CheckpointError(f"{where} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def plain_name(folder: Path, name: object, named_by: Path) -> Path:
+    """`name` in `folder`, refusing names that lead out of it.
+
+    Raises:
+        CheckpointError: `named_by`, an index, names something else than a file of this folder.
+    """
+    if type(name) is not str or not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{named_by} names {name!r}, which is not a file of its own folder")
+    if not (folder / name).is_file():
+        raise CheckpointError(f"{named_by} names {name}, which does not exist: download or copy it too")
+    return folder / name
+
+
+def close_all(files: Sequence[File]) -> None:
+    """Closes every one of them."""
+    for file in files:
+        file.close()
