@@ -9,28 +9,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ckpt_tools.checkpoint import Checkpoint
     from ckpt_tools.config import LlamaConfig
-    from ckpt_tools.convert import Summary, convert
+    from ckpt_tools.conversion import convert, reshard
     from ckpt_tools.errors import CheckpointError, UsageError
     from ckpt_tools.inspection import inspect
+    from ckpt_tools.layout import Layout
     from ckpt_tools.opening import open_checkpoint
-    from ckpt_tools.sharding import ShardRule, sharding
-    from ckpt_tools.verify import Difference, verify
-    from ckpt_tools.writing import Layout, write_checkpoint
+    from ckpt_tools.shard_rules import ShardRule, sharding
+    from ckpt_tools.verification import Difference, verify
+    from ckpt_tools.writing import Summary, write_checkpoint
 
 _HOME = {
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
-    "Difference": "verify",
-    "Layout": "writing",
+    "Difference": "verification",
+    "Layout": "layout",
     "LlamaConfig": "config",
-    "ShardRule": "sharding",
-    "Summary": "convert",
+    "ShardRule": "shard_rules",
+    "Summary": "writing",
     "UsageError": "errors",
-    "convert": "convert",
+    "convert": "conversion",
     "inspect": "inspection",
     "open_checkpoint": "opening",
-    "sharding": "sharding",
-    "verify": "verify",
+    "reshard": "conversion",
+    "sharding": "shard_rules",
+    "verify": "verification",
     "write_checkpoint": "writing",
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "convert",
     "inspect",
     "open_checkpoint",
+    "reshard",
     "sharding",
     "verify",
     "write_checkpoint",

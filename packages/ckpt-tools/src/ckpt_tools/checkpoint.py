@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import CheckpointError, UsageError
-from ckpt_tools.sharding import Range, View, sharding
-from ckpt_tools.storage.files import BLOCK_BYTES, DiskTensor, File, close_all
-
-Array = np.ndarray[Any, Any]
+from ckpt_tools.shard_rules import Range, View, sharding
+from ckpt_tools.storage.files import Array, Buffer, DiskTensor, File, close_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ class Contents:
 class Checkpoint:
     """A checkpoint that is open for reading; `open_checkpoint` makes them. A context manager; not for several threads.
 
-    Every tensor is addressed by its canonical name (see `ckpt_tools.sharding`), whatever the format and the layout.
+    Every tensor is addressed by its canonical name (see `ckpt_tools.shard_rules`), whatever the format and the layout.
     """
 
     path: Path
@@ -80,7 +78,7 @@ class Checkpoint:
         self.stored_tensors = tuple(contents.tensors)
         self._missing = contents.missing
         self._files = contents.files
-        self._scratch = bytearray(BLOCK_BYTES)
+        self._scratch = Buffer()
         self._config = _agreed(config, contents.config, path)
         self._pieces = {} if self._config is None else _assemble(self._config, contents, path)
 

@@ -1,7 +1,14 @@
-"""The files beside the weights: the tokenizer's, which travel with a model whatever its format."""
+"""The files beside the weights, which travel with a model whatever its format, and where they are looked for."""
 
 from pathlib import Path
 
+from ckpt_tools.config import LlamaConfig
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""The file of a Megatron folder that names its latest checkpoint."""
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -10,13 +17,31 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-GENERATION_CONFIG = "generation_config.json"
 
 
-def tokenizer_files(*folders: Path) -> tuple[Path, ...]:
-    """The tokenizer's files in the first of the folders that has any."""
-    for folder in folders:
-        found = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+def homes(folder: Path) -> tuple[Path, ...]:
+    """Where the files that belong to `folder`'s weights may lie: there, or beside the tracker of a Megatron folder."""
+    parent = folder.absolute().parent
+    return (folder, parent) if (parent / TRACKER).is_file() else (folder,)
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """The tokenizer's files, from the first home that has any."""
+    for home in homes(folder):
+        found = tuple(home / name for name in TOKENIZER_FILES if (home / name).is_file())
         if found:
             return found
     return ()
+
+
+def generation_config(folder: Path) -> tuple[Path, ...]:
+    """The settings for generation, if there are any: none or one file."""
+    return tuple(home / GENERATION_CONFIG for home in homes(folder) if (home / GENERATION_CONFIG).is_file())[:1]
+
+
+def stated_config(folder: Path) -> LlamaConfig | None:
+    """The architecture that a config.json beside the weights states, if there is one."""
+    for home in homes(folder):
+        if (home / CONFIG).is_file():
+            return LlamaConfig.from_hf(home)
+    return None

@@ -1,13 +1,16 @@
 """Hugging Face's folder: config.json, the tokenizer's files, weights as safetensors or pytorch_model*.bin."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 from ckpt_tools.checkpoint import Contents, Piece, closing_on_error, view_pieces
 from ckpt_tools.config import LlamaConfig
-from ckpt_tools.errors import CheckpointError
-from ckpt_tools.formats.companions import tokenizer_files
-from ckpt_tools.sharding import (
+from ckpt_tools.dtypes import ITEM_SIZE
+from ckpt_tools.errors import CheckpointError, UsageError
+from ckpt_tools.formats.companions import GENERATION_CONFIG, stated_config, tokenizer_files
+from ckpt_tools.layout import Layout, OutputFile, Planned
+from ckpt_tools.shard_rules import (
     EMBEDDING,
     FC1,
     FC2,
@@ -23,7 +26,8 @@ from ckpt_tools.sharding import (
     sharding,
 )
 from ckpt_tools.storage.files import DiskTensor, File, plain_name, read_json
-from ckpt_tools.storage.safetensors import read_safetensors
+from ckpt_tools.storage.output import encode_json
+from ckpt_tools.storage.safetensors import SafetensorsWriter, read_safetensors
 from ckpt_tools.storage.torch_read import read_torch
 
 FORMAT = "hf"
@@ -31,6 +35,9 @@ SINGLE_SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.
 SINGLE_BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_FILES = (SINGLE_SAFETENSORS, SAFETENSORS_INDEX, SINGLE_BIN, BIN_INDEX)
 """What a folder's weights are looked for in, in the order in which transformers does."""
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""Of a written safetensors file; a tensor above it gets a file of its own."""
 
 IGNORED_ENDING = ".rotary_emb.inv_freq"
 """A constant that old versions of transformers saved with the weights."""
@@ -47,8 +54,6 @@ def open_hf(folder: Path) -> Contents:
     Raises:
         CheckpointError: A file is missing or broken, or the index names what is not there.
     """
-    config_file = folder / "config.json"
-    config = LlamaConfig.from_hf(folder) if config_file.is_file() else None
     files: list[File] = []
     with closing_on_error(files):
         found = {name: tensor for name, tensor in _stored(folder, files).items() if not name.endswith(IGNORED_ENDING)}
@@ -65,7 +70,7 @@ def open_hf(folder: Path) -> Contents:
 
     return Contents(
         format=FORMAT,
-        config=config,
+        config=stated_config(folder),
         missing="has no config.json: heads, eps and the rotary base are not known",
         files=files,
         tensors=list(found.values()),
@@ -156,3 +161,45 @@ def _tensors_of(path: Path, files: list[File]) -> dict[str, DiskTensor]:
     if type(tree) is not dict or len(tensors) != len(tree):
         raise CheckpointError(f"{path} is not a flat dictionary of tensors")
     return {str(key): tensor for (key,), tensor in tensors.items()}
+
+
+def plan(config: LlamaConfig, layout: Layout, dtypes: Mapping[str, str]) -> Planned:
+    """The files to write: safetensors in shards, and an index when there are several.
+
+    Raises:
+        UsageError: A layout was asked for, which this format has not.
+    """
+    if (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size) != (1, 1):
+        raise UsageError("a Hugging Face folder is not split over ranks: leave out the parallel sizes")
+    shards = _shards(config, dtypes)
+    names = [SINGLE_SAFETENSORS]
+    if len(shards) > 1:
+        names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    batches = [[OutputFile(*named, SafetensorsWriter)] for named in zip(names, shards, strict=True)]
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    texts = {GENERATION_CONFIG: encode_json({"_from_model_config": True, **generation})}
+    if len(shards) > 1:
+        texts[SAFETENSORS_INDEX] = _index(names, shards, dtypes)
+    return Planned(batches, texts)
+
+
+def _shards(config: LlamaConfig, dtypes: Mapping[str, str]) -> list[dict[str, tuple[str, View]]]:
+    """The tensors of each file; those that are parts of one canonical tensor stay together."""
+    shards: list[dict[str, tuple[str, View]]] = [{}]
+    size, previous = 0, ""
+    fused = {name: prod(rule.shape) * ITEM_SIZE[dtypes[name]] for name, rule in sharding(config).items()}
+    for key, (name, view) in hf_tensors(config).items():
+        if name != previous:
+            if size and size + fused[name] > MAX_SHARD_BYTES:
+                shards.append({})
+                size = 0
+            size, previous = size + fused[name], name
+        shards[-1][key] = name, view
+    return shards
+
+
+def _index(names: Sequence[str], shards: Sequence[Mapping[str, tuple[str, View]]], dtypes: Mapping[str, str]) -> bytes:
+    weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+    parts = [part for shard in shards for part in shard.values()]
+    total = sum(prod(view.shape) * ITEM_SIZE[dtypes[name]] for name, view in parts)
+    return encode_json({"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -18,6 +18,22 @@ BLOCK_BYTES = 4 << 20
 
 MAX_JSON_BYTES = 64 << 20
 
+Array = np.ndarray[Any, Any]
+
+
+class Buffer:
+    """Memory that one block after the other is read into."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(BLOCK_BYTES, np.uint8)
+
+    def array(self, dtype: DType, rows: int, columns: int) -> Array:
+        """The buffer's beginning as a matrix, which the next call uses again; it grows where a single row needs it."""
+        nbytes = rows * columns * dtype.itemsize
+        if nbytes > len(self._bytes):
+            self._bytes = np.empty(nbytes, np.uint8)
+        return self._bytes[:nbytes].view(dtype).reshape(rows, columns)
+
 
 class File:
     """A file that is open for reading.
@@ -97,14 +113,14 @@ class DiskTensor:
             raise CheckpointError(f"{self.where} is of {self.dtype}: weights are {', '.join(WEIGHT_DTYPES)}")
         return WEIGHT_DTYPES[self.dtype]
 
-    def read_rows(self, first_row: int, first_column: int, out: "np.ndarray[Any, Any]", scratch: bytearray) -> None:
+    def read_rows(self, first_row: int, first_column: int, out: Array, scratch: Buffer) -> None:
         """Copies the rectangle that begins at (first_row, first_column) and has the shape of `out` into `out`.
 
         Args:
             first_row: Row in this tensor.
             first_column: Column in this tensor; 0 for a vector.
             out: [rows, columns], of any float type: elements are cast to it.
-            scratch: Memory to read into where bytes cannot go straight to `out`; grows to hold one row.
+            scratch: Memory to read into where bytes cannot go straight to `out`.
         """
         dtype = self.numpy_dtype
         width = self.shape[1] if len(self.shape) == 2 else 1
@@ -119,26 +135,27 @@ class DiskTensor:
             for n in range(rows):  # a narrow column: reading the rest of each row would cost more than the calls
                 self.file.read_into(_bytes_of(out[n]), start + n * row_bytes)
             return
-        if len(scratch) < row_bytes:
-            scratch.extend(bytes(row_bytes - len(scratch)))
-        step = len(scratch) // row_bytes
+        step = max(1, BLOCK_BYTES // max(row_bytes, 1))
         for n in range(0, rows, step):
-            count = min(step, rows - n)
-            block = np.frombuffer(scratch, dtype, count * width).reshape(count, width)
-            self.file.read_into(memoryview(scratch)[: count * row_bytes], start + n * row_bytes)
-            _cast(block[:, first_column : first_column + columns], out[n : n + count], self)
+            block = scratch.array(dtype, min(step, rows - n), width)
+            self.file.read_into(_bytes_of(block), start + n * row_bytes)
+            cast(block[:, first_column : first_column + columns], out[n : n + step], self.where)
 
 
-def _bytes_of(array: "np.ndarray[Any, Any]") -> memoryview:
+def _bytes_of(array: Array) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _cast(block: "np.ndarray[Any, Any]", out: "np.ndarray[Any, Any]", tensor: DiskTensor) -> None:
-    """Copies with a cast, refusing a cast that turns a number into infinity."""
+def cast(block: Array, out: Array, where: str) -> None:
+    """Copies `block` into `out`, of its own type or of another.
+
+    Raises:
+        CheckpointError: A number of `where` would become infinity.
+    """
     with np.errstate(over="ignore"):
         np.copyto(out, block, casting="unsafe")
     if out.dtype != block.dtype and not np.array_equal(np.isfinite(out), np.isfinite(block)):
-        raise CheckpointError(f"{tensor.where} has values that {out.dtype.name} cannot hold")
+        raise CheckpointError(f"{where} has values that {out.dtype.name} cannot hold")
 
 
 def refuse_stand_ins(path: Path, head: bytes) -> None:

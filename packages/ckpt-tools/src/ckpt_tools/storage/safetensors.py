@@ -2,12 +2,15 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from ckpt_tools.dtypes import ITEM_SIZE
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.storage.files import DiskTensor, File, parse_json
+from ckpt_tools.storage.output import OutputStream, Slot
 
 DTYPES = {
     "F64": "float64",
@@ -56,19 +59,52 @@ def _tensor(file: File, base: int, name: str, entry: Any) -> DiskTensor:
     return DiskTensor(file, base + start, dtype, shape, name)
 
 
-def encode_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
-    """A file's first bytes, and where in the file each tensor begins.
-
-    Args:
-        tensors: Name to (dtype, shape), in the order in which they will lie in the file.
-    """
+def encode_header(slots: Sequence[Slot]) -> bytes:
+    """A file's first bytes, for tensors that follow in this order without gaps."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, (dtype, shape) in tensors.items():
-        stop = at + prod(shape) * ITEM_SIZE[dtype]
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, stop]}
+    for slot in slots:
+        stop = at + slot.nbytes
+        header[slot.name] = {"dtype": CODES[slot.dtype], "shape": list(slot.shape), "data_offsets": [at, stop]}
         at = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    starts = {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items() if name in tensors}
-    return struct.pack("<Q", len(text)) + text, starts
+    return struct.pack("<Q", len(text)) + text
+
+
+class SafetensorsWriter:
+    """A safetensors file: `begin`, `append` and `end` for each tensor, in order, then `finish`."""
+
+    def __init__(self, path: Path, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._done, self._left = 0, 0
+        self._stream = OutputStream(path)
+        self._stream.write(encode_header(slots))
+
+    def begin(self, name: str) -> None:
+        """The bytes of the next tensor, which has this name, follow."""
+        slot = self._slots[self._done]
+        if slot.name != name:
+            raise ValueError(f"{slot.name} comes before {name} in this file")
+        self._left = slot.nbytes
+
+    def append(self, block: memoryview) -> None:
+        """Bytes of the tensor that was begun."""
+        self._left -= len(block)
+        self._stream.write(block)
+
+    def end(self) -> None:
+        """The tensor is whole."""
+        if self._left:
+            raise ValueError(f"{self._slots[self._done].name}: {self._left} bytes were not written")
+        self._done += 1
+
+    def finish(self) -> None:
+        """The file is whole and on disk."""
+        if self._done != len(self._slots):
+            raise ValueError(f"{len(self._slots) - self._done} tensors were not written")
+        self._stream.finish()
+
+    def abandon(self) -> None:
+        """Closes the file as it is."""
+        self._stream.close()

@@ -1,0 +1,184 @@
+"""megatron-core's distributed format (`torch_dist`), the model's part: `.metadata`, `__R_N.distcp`, `common.pt`.
+
+`.metadata` is a pickle that names, for each chunk of each tensor, a byte range of a `.distcp` file; that range is a
+whole torch zip file with one tensor. The optimizer's tensors, and objects such as `_extra_state`, are left alone.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.checkpoint import Contents, Piece, closing_on_error
+from ckpt_tools.config import LlamaConfig
+from ckpt_tools.dtypes import ITEM_SIZE
+from ckpt_tools.errors import CheckpointError
+from ckpt_tools.formats.companions import stated_config, tokenizer_files
+from ckpt_tools.formats.megatron import FUSED_NORMS, canonical_name
+from ckpt_tools.formats.megatron_args import config_from_args
+from ckpt_tools.shard_rules import layer_name, sharding
+from ckpt_tools.storage import torch_pickle
+from ckpt_tools.storage.files import DiskTensor, File, plain_name
+from ckpt_tools.storage.torch_read import read_torch
+from ckpt_tools.storage.unpickle import PickleError, Record, attributes
+
+FORMAT = "torch_dist"
+METADATA, LAST_WRITTEN, COMMON = ".metadata", "metadata.json", "common.pt"
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+STACKED = re.compile(r"decoder\.layers\.(\D.*)")
+"""A tensor of all layers at once: its first dimension counts them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A rectangle of a stored tensor, of any number of dimensions."""
+
+    key: str
+    offsets: tuple[int, ...]
+    tensor: DiskTensor
+
+
+def recognise(folder: Path) -> bool:
+    """Whether the folder is in this format."""
+    return (folder / METADATA).is_file()
+
+
+def open_distributed(folder: Path) -> Contents:
+    """The contents of a folder that `megatron.core.dist_checkpointing` saved.
+
+    Raises:
+        CheckpointError: The save did not finish, or something is missing or broken.
+    """
+    if not (folder / LAST_WRITTEN).is_file():
+        raise CheckpointError(f"{folder} has no {LAST_WRITTEN}, which is written last: the save did not finish")
+    files: dict[str, File] = {}
+    opened: list[File] = []
+    with closing_on_error(opened):
+
+        def file_named(name: object) -> File:
+            path = plain_name(folder, name, folder / METADATA)
+            if path.name not in files:
+                files[path.name] = File(path)
+                opened.append(files[path.name])
+            return files[path.name]
+
+        chunks = list(_chunks(folder, file_named))
+        config = stated_config(folder) or _config_of_common(folder)
+        if not chunks:
+            raise CheckpointError(f"{folder} holds no tensors of a model")
+
+    def place(config: LlamaConfig) -> Iterator[tuple[str, Piece]]:
+        for chunk in chunks:
+            yield from _place(chunk, config)
+
+    return Contents(
+        format=FORMAT,
+        config=config,
+        missing="has no config.json, and no args that state heads, eps, rotary base and true vocabulary size",
+        files=opened,
+        tensors=[chunk.tensor for chunk in chunks],
+        place=place,
+        tokenizer_files=tokenizer_files(folder),
+    )
+
+
+def _chunks(folder: Path, file_named: Callable[[object], File]) -> Iterator[_Chunk]:
+    """Every chunk of the model's tensors that `.metadata` names, located in its file."""
+    metadata = folder / METADATA
+    try:
+        state = attributes(torch_pickle.loads(_read_whole(metadata)), "Metadata")
+        places = dict(_places(state))
+        for key, record in state["state_dict_metadata"].items():
+            if type(record) is not Record or record.func.name != "TensorStorageMetadata" or not _is_model(key):
+                continue
+            tensor = attributes(record, "TensorStorageMetadata")
+            for described in tensor["chunks"]:
+                chunk = attributes(described, "ChunkStorageMetadata")
+                offsets, sizes = tuple(chunk["offsets"]), tuple(chunk["sizes"])
+                name, start, length = places[key, offsets]
+                yield _Chunk(key, offsets, _locate(file_named(name), start, length, key, sizes))
+    except PickleError as error:
+        raise CheckpointError(f"{metadata}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{metadata} is malformed: {type(error).__name__}: {error}") from None
+
+
+def _is_model(key: object) -> bool:
+    return type(key) is str and key.startswith(MODEL_PREFIXES) and "_extra_state" not in key
+
+
+def _places(state: Mapping[str, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]], tuple[object, int, int]]]:
+    """Where each chunk lies: (key, offsets) to (file, first byte, length)."""
+    for index, info in state["storage_data"].items():
+        about, place = attributes(index, "MetadataIndex"), attributes(info, "_StorageInfo")
+        if about.get("offset") is not None:
+            start, length = place["offset"], place["length"]
+            if any(type(n) is not int or n < 0 for n in (start, length)):
+                raise PickleError(f"{about['fqn']} lies at {start!r}")
+            yield (about["fqn"], tuple(about["offset"])), (place["relative_path"], start, length)
+
+
+def _locate(file: File, start: int, length: int, key: str, sizes: tuple[int, ...]) -> DiskTensor:
+    """The one tensor of the torch file in this byte range."""
+    _, tensors = read_torch(file, start, length)
+    stored = tensors.get(())
+    if stored is None or stored.shape != sizes:
+        raise CheckpointError(f"{file.path} at {start} does not hold the chunk of {key} that {METADATA} describes")
+    return DiskTensor(file, stored.start, stored.dtype, stored.shape, key)
+
+
+def _place(chunk: _Chunk, config: LlamaConfig) -> Iterator[tuple[str, Piece]]:
+    """The chunk's pieces: one for each layer, where it holds several."""
+    stacked = STACKED.fullmatch(chunk.key)
+    if not stacked:
+        yield from _place_matrix(canonical_name(chunk.key), chunk.offsets, chunk.tensor, config)
+        return
+    layers, *shape = chunk.tensor.shape
+    layer_bytes = prod(shape) * ITEM_SIZE[chunk.tensor.dtype]
+    suffix = FUSED_NORMS.get(stacked[1], stacked[1])
+    for n in range(layers):
+        tensor = DiskTensor(
+            chunk.tensor.file, chunk.tensor.start + n * layer_bytes, chunk.tensor.dtype, tuple(shape), chunk.key
+        )
+        yield from _place_matrix(layer_name(chunk.offsets[0] + n, suffix), chunk.offsets[1:], tensor, config)
+
+
+def _place_matrix(
+    name: str, offsets: tuple[int, ...], tensor: DiskTensor, config: LlamaConfig
+) -> Iterator[tuple[str, Piece]]:
+    rule = sharding(config).get(name)
+    if rule is None:
+        raise CheckpointError(f"{tensor.where} is none of a LLaMA-2's tensors of {config.num_layers} layers")
+    if not len(rule.shape) == len(tensor.shape) == len(offsets):
+        raise CheckpointError(f"{tensor.where} has the shape {list(tensor.shape)}, expected {list(rule.shape)}")
+    rows = offsets[0], min(offsets[0] + tensor.shape[0], rule.shape[0])
+    if not rule.vocab and offsets[0] + tensor.shape[0] > rule.shape[0]:
+        raise CheckpointError(f"{tensor.where} reaches beyond the shape {list(rule.shape)}")
+    columns = (offsets[1], offsets[1] + tensor.shape[1]) if len(rule.shape) > 1 else (0, 1)
+    if columns[1] > (*rule.shape, 1)[1]:
+        raise CheckpointError(f"{tensor.where} reaches beyond the shape {list(rule.shape)}")
+    if rows[0] < rows[1]:  # a chunk of nothing but the vocabulary's padding belongs nowhere
+        yield name, Piece(rows, columns, tensor, 0)
+
+
+def _read_whole(path: Path) -> bytes:
+    file = File(path)
+    try:
+        return file.read(0, file.size)
+    finally:
+        file.close()
+
+
+def _config_of_common(folder: Path) -> LlamaConfig | None:
+    """The architecture from the args that Megatron-LM keeps in `common.pt`."""
+    if not (folder / COMMON).is_file():
+        return None
+    file = File(folder / COMMON)
+    try:
+        tree, _ = read_torch(file)
+    finally:
+        file.close()
+    args = tree.get("args") if type(tree) is dict else None
+    return config_from_args(attributes(args, "Namespace"), folder) if type(args) is Record else None

@@ -1,0 +1,39 @@
+"""`inspect`: what a checkpoint is, from its headers."""
+
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.config import LlamaConfig
+from ckpt_tools.opening import open_checkpoint
+from ckpt_tools.shard_rules import sharding
+
+
+def inspect(path: str | Path, config: str | Path | None = None) -> dict[str, Any]:
+    """Format, architecture, layout, type and size of a checkpoint; None for what it does not say.
+
+    Args:
+        path: Anything that `open_checkpoint` opens.
+        config: A Hugging Face folder that states the architecture, for checkpoints that do not.
+
+    Returns:
+        `format`, `config` (the fields of `LlamaConfig`), `tensor_model_parallel_size`, `pipeline_model_parallel_size`,
+        `dtype`, `parameters` (of the model, without padding) and `bytes` (of the model's tensors as stored, padding
+        and what each rank repeats included).
+
+    Raises:
+        CheckpointError: See `open_checkpoint`.
+    """
+    known = LlamaConfig.from_hf(config) if config else None
+    with open_checkpoint(path, known) as checkpoint:
+        rules = sharding(checkpoint.config) if checkpoint.has_config else None
+        return {
+            "format": checkpoint.format,
+            "config": asdict(checkpoint.config) if checkpoint.has_config else None,
+            "tensor_model_parallel_size": checkpoint.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": checkpoint.pipeline_model_parallel_size,
+            "dtype": checkpoint.dtype,
+            "parameters": sum(prod(rule.shape) for rule in rules.values()) if rules else None,
+            "bytes": sum(tensor.nbytes for tensor in checkpoint.stored_tensors),
+        }

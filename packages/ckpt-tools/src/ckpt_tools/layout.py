@@ -1,0 +1,66 @@
+"""What a writer is asked for, and what it plans: files, and the part of the model that each of their tensors holds."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ckpt_tools.shard_rules import View
+from ckpt_tools.storage.output import Slot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a written model is split over ranks; a Hugging Face folder is not."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share out each matrix."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that share out the layers."""
+    make_vocab_size_divisible_by: int = 1
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+
+class TensorWriter(Protocol):
+    """A file that tensors are written to one after the other, in the order in which they were announced."""
+
+    def begin(self, name: str) -> None:
+        """The next tensor's bytes follow."""
+
+    def append(self, block: memoryview) -> None:
+        """Bytes of the tensor that was begun."""
+
+    def end(self) -> None:
+        """The tensor is whole."""
+
+    def finish(self) -> None:
+        """The file is whole: it is closed and on disk."""
+
+    def abandon(self) -> None:
+        """The file will not be finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file to write."""
+
+    path: str
+    """Relative to the target's folder."""
+    tensors: Mapping[str, tuple[str, View]]
+    """Stored name to canonical name and part, in the order of the file."""
+    open: Callable[[Path, Sequence[Slot]], TensorWriter]
+    """Opens the file for these tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """All that is to be written."""
+
+    batches: Sequence[Sequence[OutputFile]]
+    """Files of a batch are written side by side, so that what they share out is read once; batches in order."""
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+    """Small files: path relative to the target's folder to content."""
+
+
+Plan = Callable[[Any, Layout, Mapping[str, str]], Planned]
+"""A format's writer: config, layout and the type of each tensor to the files to write."""
