@@ -63,7 +63,7 @@ class _Pickle:
             self.out += b"J" + struct.pack("<i", value)
         elif kind is int:
             data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-            self.out += b"\x8b" + struct.pack("<i", len(data)) + data
+            self.out += b"\x8a" + bytes([len(data)]) + data
         elif kind is float:
             self.out += b"G" + struct.pack(">d", value)
         elif kind is str:

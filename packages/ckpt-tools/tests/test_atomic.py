@@ -1,0 +1,123 @@
+"""A target is the old folder or the new one, whole, whatever happens."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ckpt_tools import CheckpointError, UsageError, convert, open_checkpoint, verify
+from ckpt_tools.storage import atomic
+from models import hf_state, small, write_hf
+
+
+def leftovers(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture
+def other(tmp_path):
+    return write_hf(tmp_path / "other", small(), hf_state(small(), seed=1))
+
+
+def test_a_target_that_exists_is_left_alone(model, other, tmp_path):
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        convert(model, other, to="hf")
+    assert leftovers(tmp_path) == []
+    (tmp_path / "empty").mkdir()
+    convert(model, tmp_path / "empty", to="hf")
+    assert verify(model, tmp_path / "empty") == []
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchanged", "moved-aside"])
+def test_overwriting_leaves_the_new_alone(model, other, tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    (other / "stale.safetensors").touch()
+    convert(model, other, to="megatron-core", overwrite=True)
+    assert verify(model, other) == []
+    assert not (other / "stale.safetensors").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_only_a_checkpoint_is_overwritten(model, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").touch()
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        convert(model, tmp_path / "photos", to="hf", overwrite=True)
+    for target in (model, tmp_path):
+        with pytest.raises(UsageError, match="holds the source"):
+            convert(model, target, to="hf", overwrite=True)
+    assert (tmp_path / "photos/cat.jpg").exists()
+
+
+def test_a_failure_leaves_nothing(model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr("ckpt_tools.storage.output.OutputStream.finish", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(model, tmp_path / "out/deeper", to="megatron-core")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_names_the_file(model, tmp_path):
+    resource = pytest.importorskip("resource")
+    code = "from ckpt_tools.cli import main; import sys; sys.exit(main())"
+    command = [sys.executable, "-c", code, "convert", str(model), str(tmp_path / "out"), "--to", "hf"]
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: File too large: ")
+    assert "model.safetensors" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_replacement_cut_short_is_recovered(model, tmp_path):
+    model.rename(tmp_path / ".hf.replaced")
+    with open_checkpoint(model) as checkpoint:
+        assert checkpoint.format == "hf"
+    assert leftovers(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_deleted(model, tmp_path):
+    abandoned = tmp_path / ".out.unfinished-1"
+    abandoned.mkdir()
+    (abandoned / "half").touch()
+    convert(model, tmp_path / "out", to="hf")
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.timeout(120)
+def test_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
+    """A process that overwrites one target without pause, killed at random moments."""
+    config = small(num_layers=8)
+    sources = [write_hf(tmp_path / f"source{n}", config, hf_state(config, seed=n)) for n in range(2)]
+    target = tmp_path / "target"
+    convert(sources[0], target, to="megatron-core")
+    code = (
+        "import itertools\n"
+        "from ckpt_tools import convert\n"
+        "print(flush=True)\n"
+        f"for source in itertools.cycle({[str(s) for s in sources]!r}):\n"
+        f"    convert(source, {str(target)!r}, to='megatron-core', tensor_model_parallel_size=2, overwrite=True)\n"
+    )
+    seen = set()
+    for moment in random.Random(5).choices(range(2, 120), k=12):
+        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        writer.stdout.readline()
+        time.sleep(0.1 + moment / 1000)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.communicate()
+        same = [verify(source, target) == [] for source in sources]
+        assert sum(same) == 1
+        seen.add(same.index(True))
+    convert(sources[0], target, to="hf", overwrite=True)
+    assert leftovers(tmp_path) == []

@@ -1,0 +1,265 @@
+"""What users meet: downloads that are no weights, shards cut short, tensors missing. One line each, and the fix."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from ckpt_tools import (
+    CheckpointError,
+    LlamaConfig,
+    UsageError,
+    convert,
+    inspect,
+    open_checkpoint,
+    sharding,
+    write_checkpoint,
+)
+from models import hf_state, rank_file, read_hf, small, write_hf
+from safetensors.torch import save_file
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9976578928\n"
+PAGE = "\n<!DOCTYPE html>\n<html><body>blob</body></html>"
+
+
+def message(call, *args, error=CheckpointError, **kwargs):
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def megatron(model, tmp_path):
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    convert(model, tmp_path / "megatron", to="megatron-core", **layout)
+    return tmp_path / "megatron"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_page_or_a_pointer_in_place_of_a_file(model, file):
+    (model / file).write_text(LFS)
+    assert "git lfs pull" in message(open_checkpoint, model)
+    (model / file).write_text(PAGE)
+    assert "/resolve/" in message(open_checkpoint, model)
+
+
+def test_a_pointer_in_place_of_a_shard_or_its_index(tmp_path):
+    folder = write_hf(tmp_path / "hf", small(), hf_state(small()), shards=2)
+    (folder / "model-00002-of-00002.safetensors").write_text(LFS)
+    assert "model-00002-of-00002.safetensors is a Git-LFS pointer" in message(open_checkpoint, folder)
+    (folder / "model.safetensors.index.json").write_text(PAGE)
+    assert "HTML page" in message(open_checkpoint, folder)
+
+
+def test_a_pointer_in_place_of_a_ranks_file(megatron):
+    rank_file(megatron / "iter_0000001", 1, 0, 2).write_text(LFS)
+    assert "mp_rank_01_000/model_optim_rng.pt is a Git-LFS pointer" in message(open_checkpoint, megatron)
+
+
+def test_paths_that_hold_no_checkpoint(tmp_path):
+    assert message(open_checkpoint, tmp_path / "none") == f"{tmp_path / 'none'} does not exist"
+    assert "is not a checkpoint" in message(open_checkpoint, tmp_path)
+    (tmp_path / "file").touch()
+    assert "is a file" in message(open_checkpoint, tmp_path / "file")
+    (tmp_path / "config.json").write_text("{}")
+    assert "none of model.safetensors" in message(open_checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("left", [0, 7, 100, 3000])
+def test_truncated_safetensors(model, left):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    assert str(file) in message(open_checkpoint, model)
+
+
+@pytest.mark.parametrize("left", [0, 3, 100, 3000, -1, -200])
+def test_truncated_torch_files(megatron, left):
+    file = rank_file(megatron / "iter_0000001", 1, 1, 2)
+    file.write_bytes(file.read_bytes()[:left])
+    assert str(file) in message(open_checkpoint, megatron)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F16", "shape": [2], "data_offsets": [0, 5]},
+        {"dtype": "F16", "shape": [-2], "data_offsets": [0, 4]},
+        {"dtype": "F16", "shape": [2.0], "data_offsets": [0, 4]},
+        {"dtype": "F16", "shape": [2], "data_offsets": [4, 0]},
+        {"dtype": "F16", "shape": [2], "data_offsets": [1 << 60, (1 << 60) + 4]},
+        {"dtype": "X", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": ["F16"], "shape": [2], "data_offsets": [0, 4]},
+        {"shape": [2]},
+        [],
+        None,
+    ],
+)
+def test_headers_that_lie(model, entry):
+    header = json.dumps({"lm_head.weight": entry}).encode()
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    assert "lm_head.weight" in message(open_checkpoint, model)
+
+
+@pytest.mark.parametrize("head", [b"\xff" * 8, struct.pack("<Q", 4) + b"[1,]", struct.pack("<Q", 2) + b"[]"])
+def test_headers_that_are_none(model, head):
+    (model / "model.safetensors").write_bytes(head)
+    message(open_checkpoint, model)
+
+
+@pytest.mark.parametrize(
+    "named", ["../outside.safetensors", "/etc/passwd", "a/b", "..", "", 7, None, "absent.safetensors"]
+)
+def test_an_index_that_leads_elsewhere(model, tmp_path, named):
+    (tmp_path / "outside.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": named}}))
+    assert "model.safetensors.index.json names" in message(open_checkpoint, model)
+
+
+def test_an_index_that_is_wrong_about_a_shard(tmp_path):
+    folder = write_hf(tmp_path / "hf", small(), hf_state(small()), shards=2)
+    index = folder / "model.safetensors.index.json"
+    stated = json.loads(index.read_text())
+    shards = stated["weight_map"]
+    shards["lm_head.weight"] = next(file for file in shards.values() if file != shards["lm_head.weight"])
+    index.write_text(json.dumps(stated))
+    assert "which has no such tensor" in message(open_checkpoint, folder)
+
+
+def test_tensors_that_are_missing_misshapen_or_strange(model):
+    state = read_hf(model)
+    norm = "model.layers.1.input_layernorm.weight"
+
+    def after(change):
+        changed = dict(state)
+        change(changed)
+        save_file(changed, model / "model.safetensors")
+        return message(open_checkpoint, model)
+
+    assert f"lacks the tensor {norm}" in after(lambda s: s.pop(norm))
+    assert "has shape [15], expected [16]" in after(lambda s: s.update({norm: state[norm][:15].clone()}))
+    assert "none of a LLaMA-2's tensors" in after(lambda s: s.update(extra=torch.ones(1)))
+    assert "is of int32" in after(lambda s: s.update({norm: torch.ones(16, dtype=torch.int32)}))
+    query = "model.layers.0.self_attn.q_proj.weight"
+    assert "different types" in after(lambda s: s.update({query: state[query].float()}))
+
+
+def test_ranks_that_are_missing_or_strange(megatron):
+    folder = megatron / "iter_0000001"
+    file = rank_file(folder, 1, 1, 2)
+    tree = torch.load(file, weights_only=False)
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    torch.save({**tree, "model": {**tree["model"], name: tree["model"][name][:3]}}, file)
+    assert "expected [24, 16]" in message(open_checkpoint, megatron)
+    torch.save({**tree, "model": {**tree["model"], name: tree["model"][name].T.contiguous().T}}, file)
+    assert "strided view" in message(open_checkpoint, megatron)
+    torch.save({**tree, "model": {"language_model": {"embedding": {}}}}, file)
+    assert "AscendSpeed" in message(open_checkpoint, megatron, error=UsageError)
+    torch.save({"model0": {}, "model1": {}}, file)
+    assert "virtual pipeline" in message(open_checkpoint, megatron, error=UsageError)
+    file.unlink()
+    assert f"{file} does not exist" in message(open_checkpoint, megatron)
+    file.parent.rmdir()
+    assert "3 ranks" in message(open_checkpoint, megatron)
+
+
+def test_trackers_that_lead_nowhere(megatron):
+    tracker = megatron / "latest_checkpointed_iteration.txt"
+    tracker.write_text("20")
+    assert "names iter_0000020, which does not exist" in message(open_checkpoint, megatron)
+    tracker.write_text("../../x")
+    assert "neither an iteration" in message(open_checkpoint, megatron)
+
+
+def test_release_and_run_folders_are_found(megatron, tmp_path):
+    tracker = megatron / "latest_checkpointed_iteration.txt"
+    (megatron / "iter_0000001").rename(megatron / "release")
+    tracker.write_text("release\n")
+    (tmp_path / "run").mkdir()
+    megatron.rename(tmp_path / "run/checkpoints")
+    with open_checkpoint(tmp_path / "run") as checkpoint:
+        assert checkpoint.path == tmp_path / "run/checkpoints/release"
+        assert checkpoint.pipeline_model_parallel_size == 2
+
+
+def test_a_distributed_save_that_did_not_finish(tmp_path):
+    (tmp_path / ".metadata").touch()
+    assert "did not finish" in message(open_checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sign", "kind"),
+    [("latest", "DeepSpeed"), ("mp_rank_00_model_states.pt", "DeepSpeed"), ("adapter_config.json", "PEFT")],
+)
+def test_formats_to_come_are_named(tmp_path, sign, kind):
+    (tmp_path / sign).touch()
+    assert f"a {kind} checkpoint" in message(open_checkpoint, tmp_path, error=UsageError)
+
+
+def test_an_unknown_architecture_is_asked_for(model, tmp_path):
+    config = (model / "config.json").read_text()
+    (model / "config.json").unlink()
+    assert inspect(model)["config"] is None
+    assert "--config" in message(convert, model, tmp_path / "out", to="hf", error=UsageError)
+    (tmp_path / "stated").mkdir()
+    (tmp_path / "stated/config.json").write_text(config)
+    convert(model, tmp_path / "out", to="hf", config=tmp_path / "stated")
+    assert inspect(tmp_path / "out")["parameters"] == sum(t.numel() for t in read_hf(model).values())
+
+
+def test_contradictions_name_both_values(model, megatron, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text(json.dumps(small(layernorm_epsilon=1e-6).to_hf("float16")))
+    said = message(open_checkpoint, model, LlamaConfig.from_hf(tmp_path / "other"), error=UsageError)
+    assert "layernorm_epsilon is 1e-06" in said
+    assert "1e-05" in said
+    (megatron / "config.json").write_bytes((tmp_path / "other/config.json").read_bytes())
+    assert "in its args" in message(open_checkpoint, megatron)
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ({"tensor_model_parallel_size": 3}, "4 attention heads do not divide among 3"),
+        ({"tensor_model_parallel_size": 8}, "4 attention heads do not divide among 8"),
+        ({"pipeline_model_parallel_size": 3}, "2 layers do not divide among 3"),
+        ({"tensor_model_parallel_size": 0}, "positive"),
+    ],
+)
+def test_layouts_that_do_not_divide(model, tmp_path, layout, said):
+    assert said in message(convert, model, tmp_path / "out", to="megatron-core", error=UsageError, **layout)
+    assert "not split over ranks" in message(
+        convert, model, tmp_path / "out", to="hf", pipeline_model_parallel_size=2, error=UsageError
+    )
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_a_cast_that_overflows(tmp_path):
+    config = small()
+    state = hf_state(config, torch.float32)
+    state["lm_head.weight"] = torch.full((37, 16), 1e5)
+    write_hf(
+        tmp_path / "hf", config, {name: tensor.nan_to_num(0, 0, 0).clamp(-1e5, 1e5) for name, tensor in state.items()}
+    )
+    said = message(convert, tmp_path / "hf", tmp_path / "out", to="hf", dtype="float16")
+    assert "float16 cannot hold" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_arrays_that_are_not_the_model(tmp_path):
+    config = small()
+    arrays = {name: np.zeros(rule.shape, np.float32) for name, rule in sharding(config).items()}
+
+    def after(**changes):
+        wrong = {name: array for name, array in (arrays | changes).items() if array is not None}
+        return message(write_checkpoint, tmp_path / "out", config, wrong, "hf")
+
+    assert "is missing" in after(**{"output_layer.weight": None})
+    assert "expected [37, 16]" in after(**{"output_layer.weight": np.zeros((38, 16), np.float32)})
+    assert "is of int32" in after(**{"output_layer.weight": np.zeros((37, 16), np.int32)})
+    assert "none of the model's tensors" in after(extra=np.zeros(1, np.float32))
+    assert "'ascendspeed'" in message(
+        write_checkpoint, tmp_path / "out", config, arrays, "ascendspeed", error=UsageError
+    )

@@ -1,0 +1,109 @@
+"""The console script: help without torch, exit codes, one line for every mistake, JSON for machines."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import hf_state, small, write_hf
+
+SCRIPT = str(Path(sys.executable).parent / "ckpt-tools")
+
+
+def run(*arguments):
+    return subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def fails(code, *arguments):
+    done = run(*arguments)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize("verb", [[], ["convert"], ["reshard"], ["inspect"], ["verify"]])
+def test_help_imports_nothing_heavy(verb):
+    command = [sys.executable, "-X", "importtime", "-m", "ckpt_tools", *verb, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "ckpt-tools" in done.stdout
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "numpy", "ml_dtypes"}
+
+
+def test_the_road_there_and_back(model, tmp_path):
+    megatron, back = tmp_path / "m", tmp_path / "back"
+    options = ["--tensor-model-parallel-size", 2, "--pipeline_model_parallel_size", 2]
+    done = run("convert", model, megatron, "--to", "megatron-core", *options, "--make-vocab-size-divisible-by", 8)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"{megatron}: megatron-core, 30 tensors, ")
+    found = json.loads(run("inspect", megatron, "--json").stdout)
+    assert list(found) == [
+        "format",
+        "config",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "dtype",
+        "parameters",
+        "bytes",
+    ]
+    assert (found["format"], found["dtype"]) == ("megatron-core", "float16")
+    assert (found["tensor_model_parallel_size"], found["pipeline_model_parallel_size"]) == (2, 2)
+    assert found["config"]["vocab_size"] == 37
+    assert "num_query_groups             2" in run("inspect", megatron).stdout
+    resharded = run("reshard", megatron, tmp_path / "r", "--tensor-model-parallel-size", 4, "--json")
+    assert json.loads(resharded.stdout)["format"] == "megatron-core"
+    assert json.loads(run("convert", tmp_path / "r", back, "--to", "hf", "--json").stdout)["tensors"] == 21
+    done = run("verify", model, back)
+    assert (done.returncode, done.stdout) == (0, "the same model\n")
+
+
+def test_a_difference_is_exit_code_3(model, tmp_path):
+    other = write_hf(tmp_path / "other", small(), hf_state(small(), seed=1))
+    done = run("verify", model, other)
+    assert done.returncode == 3
+    assert "embedding.word_embeddings.weight: " in done.stdout
+    assert done.stderr == ""
+    done = run("verify", model, other, "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["same"], len(found["differences"])) == (3, False, 10)
+    narrow = write_hf(tmp_path / "narrow", small(vocab_size=36), hf_state(small(vocab_size=36)))
+    assert "vocab_size: 37 in the first, 36 in the second" in run("verify", model, narrow).stdout
+
+
+def test_mistakes_are_one_line(model, tmp_path):
+    out = tmp_path / "out"
+    assert "does not exist" in fails(1, "inspect", tmp_path / "none")
+    assert "not a checkpoint" in fails(1, "convert", tmp_path, out, "--to", "hf")
+    assert "--overwrite" in fails(1, "convert", model, _occupied(tmp_path), "--to", "hf")
+    assert "do not divide" in fails(
+        2, "convert", model, out, "--to", "megatron-core", "--tensor-model-parallel-size", 3
+    )
+    assert "use convert --to" in fails(2, "reshard", model, out)
+    fails(2, "convert", model, out)
+    fails(2, "convert", model, out, "--to", "ascendspeed")
+    fails(2, "convert", model, out, "--to", "hf", "--no-such-option")
+    fails(2, "inspect")
+    assert not out.exists()
+
+
+def _occupied(tmp_path):
+    folder = tmp_path / "occupied"
+    folder.mkdir()
+    (folder / "file").touch()
+    return folder
+
+
+def test_a_terminal_shows_a_bar(model, tmp_path):
+    ours, theirs = pty.openpty()
+    command = [SCRIPT, "convert", str(model), str(tmp_path / "out"), "--to", "hf"]
+    done = subprocess.run(command, stderr=theirs, stdout=subprocess.PIPE, text=True, check=True)
+    assert "B/s" in os.read(ours, 10_000).decode()
+    os.close(theirs)
+    os.close(ours)
+    assert done.stdout.startswith(str(tmp_path / "out"))

@@ -1,0 +1,70 @@
+"""megatron-core's own GPTModel takes our files strictly, gives Hugging Face's logits, and its checkpoints are read."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ckpt_tools import convert, inspect, open_checkpoint, verify
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 101}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    network = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    folder = tmp_path_factory.mktemp("network")
+    network.save_pretrained(folder)
+    return network, folder
+
+
+@pytest.mark.parametrize("tp", [2, 4], ids=["tp2", "tp4-above-kv-heads"])
+def test_there_and_back(network, tp, tmp_path):
+    model, source = network
+    layout = {"tensor_model_parallel_size": tp, "make_vocab_size_divisible_by": 8}
+    convert(source, tmp_path / "megatron", to="megatron-core", **layout)
+    tokens = torch.randint(0, 101, (2, 16))
+    torch.save(tokens, tmp_path / "tokens.pt")
+    _run_ranks(tp, tmp_path)
+
+    logits = torch.cat([torch.load(tmp_path / f"logits_{rank}.pt") for rank in range(tp)], -1)[..., :101]
+    with torch.no_grad():
+        expected = model(tokens).logits
+    assert (logits - expected).abs().max() < 1e-6
+    assert expected.abs().max() > 1e-2
+
+    saved = tmp_path / "torch_dist"
+    assert inspect(saved)["config"] is None
+    (saved / "config.json").write_bytes((source / "config.json").read_bytes())
+    assert verify(source, saved) == []
+    with open_checkpoint(saved) as checkpoint:
+        assert checkpoint.format == "torch_dist"
+        part = checkpoint.read("decoder.layers.2.mlp.linear_fc1.weight", (slice(40, 60), slice(3, 30)))
+    gate, up = (model.model.layers[2].mlp.get_submodule(name).weight for name in ("gate_proj", "up_proj"))
+    assert torch.equal(torch.from_numpy(part), torch.cat([gate, up])[40:60, 3:30])
+
+
+def _run_ranks(world, folder):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("megatron_core_rank.py"))]
+    places = [str(folder / "megatron"), str(folder / "tokens.pt"), str(folder)]
+    ranks = []
+    for rank in range(world):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
+        ranks.append(subprocess.Popen([*command, *places], env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
+    assert json.loads((folder / "torch_dist/metadata.json").read_text())["sharded_backend"] == "torch_dist"
