@@ -1,8 +1,9 @@
 """One tensor-parallel rank of megatron-core's own GPTModel on a CPU: loads our file strictly, computes, saves its own.
 
-    RANK=0 WORLD_SIZE=2 ... python megatron_core_rank.py MEGATRON_FOLDER TOKENS.pt OUT
+    RANK=0 WORLD_SIZE=2 ... python megatron_core_rank.py MEGATRON_FOLDER TOKENS.pt OUT {float32,bfloat16}
 
-OUT/logits_R.pt holds this rank's share of the logits, OUT/torch_dist what megatron-core's dist_checkpointing wrote.
+OUT/logits_R.pt holds this rank's share of the logits, OUT/torch_dist what megatron-core's dist_checkpointing wrote of
+the weights, cast to the type named last.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ def build(args, layer_spec):
     )
 
 
-def main(source, tokens_file, out):
+def main(source, tokens_file, out, dtype):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     pretend_cuda()
@@ -84,6 +85,7 @@ def main(source, tokens_file, out):
     mask = torch.ones(1, 1, s, s).triu(1).bool()
     with torch.no_grad():
         torch.save(model(tokens, positions, mask), out / f"logits_{rank}.pt")
+    model.to(getattr(torch, dtype.name))
     folder = out / "torch_dist"
     folder.mkdir(exist_ok=True)
     torch.distributed.barrier()

@@ -1,10 +1,13 @@
 """The console script: help without torch, exit codes, one line for every mistake, JSON for machines."""
 
+import fcntl
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -101,6 +104,7 @@ def _occupied(tmp_path):
 
 def test_a_terminal_shows_a_bar(model, tmp_path):
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     command = [SCRIPT, "convert", str(model), str(tmp_path / "out"), "--to", "hf"]
     done = subprocess.run(command, stderr=theirs, stdout=subprocess.PIPE, text=True, check=True)
     assert "B/s" in os.read(ours, 10_000).decode()

@@ -24,14 +24,14 @@ def network(tmp_path_factory):
     return network, folder
 
 
-@pytest.mark.parametrize("tp", [2, 4], ids=["tp2", "tp4-above-kv-heads"])
-def test_there_and_back(network, tp, tmp_path):
+@pytest.mark.parametrize(("tp", "dtype"), [(2, "float32"), (4, "bfloat16")], ids=["tp2", "tp4-above-kv-heads"])
+def test_there_and_back(network, tp, dtype, tmp_path):
     model, source = network
     layout = {"tensor_model_parallel_size": tp, "make_vocab_size_divisible_by": 8}
     convert(source, tmp_path / "megatron", to="megatron-core", **layout)
     tokens = torch.randint(0, 101, (2, 16))
     torch.save(tokens, tmp_path / "tokens.pt")
-    _run_ranks(tp, tmp_path)
+    _run_ranks(tp, tmp_path, dtype)
 
     logits = torch.cat([torch.load(tmp_path / f"logits_{rank}.pt") for rank in range(tp)], -1)[..., :101]
     with torch.no_grad():
@@ -41,21 +41,29 @@ def test_there_and_back(network, tp, tmp_path):
 
     saved = tmp_path / "torch_dist"
     assert inspect(saved)["config"] is None
-    (saved / "config.json").write_bytes((source / "config.json").read_bytes())
-    assert verify(source, saved) == []
+    _add_args(saved, torch.load(tmp_path / "megatron/iter_0000001/mp_rank_00/model_optim_rng.pt", weights_only=False))
+    convert(source, tmp_path / "expected", to="hf", dtype=dtype)
+    assert verify(tmp_path / "expected", saved) == []
     with open_checkpoint(saved) as checkpoint:
-        assert checkpoint.format == "torch_dist"
+        assert (checkpoint.format, checkpoint.dtype) == ("torch_dist", dtype)
         part = checkpoint.read("decoder.layers.2.mlp.linear_fc1.weight", (slice(40, 60), slice(3, 30)))
     gate, up = (model.model.layers[2].mlp.get_submodule(name).weight for name in ("gate_proj", "up_proj"))
-    assert torch.equal(torch.from_numpy(part), torch.cat([gate, up])[40:60, 3:30])
+    expected = torch.cat([gate, up])[40:60, 3:30].to(getattr(torch, dtype))
+    assert part.tobytes() == expected.view(torch.uint8).numpy().tobytes()
 
 
-def _run_ranks(world, folder):
+def _add_args(folder, tree):
+    """Megatron-LM keeps its args in common.pt."""
+    common = torch.load(folder / "common.pt", weights_only=False)
+    torch.save({**common, "args": tree["args"]}, folder / "common.pt")
+
+
+def _run_ranks(world, folder, dtype):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("megatron_core_rank.py"))]
-    places = [str(folder / "megatron"), str(folder / "tokens.pt"), str(folder)]
+    places = [str(folder / "megatron"), str(folder / "tokens.pt"), str(folder), dtype]
     ranks = []
     for rank in range(world):
         place = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import CheckpointError, UsageError
-from ckpt_tools.shard_rules import Range, View, sharding
+from ckpt_tools.shard_rules import Range, ShardRule, View, sharding
 from ckpt_tools.storage.files import Array, Buffer, DiskTensor, File, close_all
 
 
@@ -79,8 +79,11 @@ class Checkpoint:
         self._missing = contents.missing
         self._files = contents.files
         self._scratch = Buffer()
+        if not contents.tensors:
+            raise CheckpointError(f"{path} holds no tensors of a model")
         self._config = _agreed(config, contents.config, path)
-        self._pieces = {} if self._config is None else _assemble(self._config, contents, path)
+        self._rules = {} if self._config is None else sharding(self._config)
+        self._tensors = {} if self._config is None else _assemble(self._config, self._rules, contents, path)
 
     @property
     def config(self) -> LlamaConfig:
@@ -108,7 +111,8 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """The canonical names, in the order in which the model uses them."""
-        return list(sharding(self.config))
+        self.config  # noqa: B018  (says what is missing)
+        return list(self._rules)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The global shape of a tensor, vocabulary unpadded."""
@@ -168,8 +172,9 @@ class Checkpoint:
         Raises:
             CheckpointError: As for `read`; also where the tensor does not divide among the ranks.
         """
-        view = sharding(self.config)[name].view(tp_rank, tp_size, padded_vocab_size)
-        out = np.empty(view.shape, self.tensor_dtype(name)) if out is None else out
+        dtype = self.tensor_dtype(name)
+        view = self._rules[name].view(tp_rank, tp_size, padded_vocab_size)
+        out = np.empty(view.shape, dtype) if out is None else out
         if out.shape != view.shape:
             raise ValueError(f"{name}: a shard of shape {view.shape} was asked into an array of shape {out.shape}")
         read_view(self, name, view, out)
@@ -188,10 +193,10 @@ class Checkpoint:
         self.close()
 
     def _tensor(self, name: str) -> "_Tensor":
-        if name not in self._pieces:
+        if name not in self._tensors:
             self.config  # noqa: B018  (says what is missing, where that is the reason)
             raise CheckpointError(f"{self.path} has no tensor {name}")
-        return self._pieces[name]
+        return self._tensors[name]
 
     def _fill(self, pieces: Iterable[Piece], rows: Range, columns: Range, out: Array) -> None:
         for piece in pieces:
@@ -256,13 +261,15 @@ def _agreed(given: LlamaConfig | None, stated: LlamaConfig | None, path: Path) -
     return given
 
 
-def _assemble(config: LlamaConfig, contents: Contents, path: Path) -> dict[str, _Tensor]:
+def _assemble(
+    config: LlamaConfig, rules: Mapping[str, ShardRule], contents: Contents, path: Path
+) -> dict[str, _Tensor]:
     """Every canonical tensor with its pieces, after checking that they are whole and of one type."""
     pieces: dict[str, list[Piece]] = {}
     for name, piece in contents.place(config):
         pieces.setdefault(name, []).append(piece)
     tensors = {}
-    for name, rule in sharding(config).items():
+    for name, rule in rules.items():
         if name not in pieces:
             raise CheckpointError(f"{path} lacks the tensor {name}")
         _check_cover(name, rule.shape, pieces[name], path)

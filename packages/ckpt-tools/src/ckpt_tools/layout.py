@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from ckpt_tools.config import LlamaConfig
 from ckpt_tools.shard_rules import View
 from ckpt_tools.storage.output import Slot
 
@@ -62,5 +63,5 @@ class Planned:
     """Small files: path relative to the target's folder to content."""
 
 
-Plan = Callable[[Any, Layout, Mapping[str, str]], Planned]
+Plan = Callable[[LlamaConfig, Layout, Mapping[str, str]], Planned]
 """A format's writer: config, layout and the type of each tensor to the files to write."""

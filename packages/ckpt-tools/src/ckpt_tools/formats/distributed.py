@@ -18,10 +18,10 @@ from ckpt_tools.errors import CheckpointError
 from ckpt_tools.formats.companions import stated_config, tokenizer_files
 from ckpt_tools.formats.megatron import FUSED_NORMS, canonical_name
 from ckpt_tools.formats.megatron_args import config_from_args
-from ckpt_tools.shard_rules import layer_name, sharding
+from ckpt_tools.shard_rules import ShardRule, layer_name, sharding
 from ckpt_tools.storage import torch_pickle
 from ckpt_tools.storage.files import DiskTensor, File, plain_name
-from ckpt_tools.storage.torch_read import read_torch
+from ckpt_tools.storage.torch_read import MAX_PICKLE_BYTES, read_torch
 from ckpt_tools.storage.unpickle import PickleError, Record, attributes
 
 FORMAT = "torch_dist"
@@ -66,12 +66,11 @@ def open_distributed(folder: Path) -> Contents:
 
         chunks = list(_chunks(folder, file_named))
         config = stated_config(folder) or _config_of_common(folder)
-        if not chunks:
-            raise CheckpointError(f"{folder} holds no tensors of a model")
 
     def place(config: LlamaConfig) -> Iterator[tuple[str, Piece]]:
+        rules = sharding(config)
         for chunk in chunks:
-            yield from _place(chunk, config)
+            yield from _place(chunk, rules)
 
     return Contents(
         format=FORMAT,
@@ -129,11 +128,11 @@ def _locate(file: File, start: int, length: int, key: str, sizes: tuple[int, ...
     return DiskTensor(file, stored.start, stored.dtype, stored.shape, key)
 
 
-def _place(chunk: _Chunk, config: LlamaConfig) -> Iterator[tuple[str, Piece]]:
+def _place(chunk: _Chunk, rules: Mapping[str, ShardRule]) -> Iterator[tuple[str, Piece]]:
     """The chunk's pieces: one for each layer, where it holds several."""
     stacked = STACKED.fullmatch(chunk.key)
     if not stacked:
-        yield from _place_matrix(canonical_name(chunk.key), chunk.offsets, chunk.tensor, config)
+        yield from _place_matrix(canonical_name(chunk.key), chunk.offsets, chunk.tensor, rules)
         return
     layers, *shape = chunk.tensor.shape
     layer_bytes = prod(shape) * ITEM_SIZE[chunk.tensor.dtype]
@@ -142,15 +141,15 @@ def _place(chunk: _Chunk, config: LlamaConfig) -> Iterator[tuple[str, Piece]]:
         tensor = DiskTensor(
             chunk.tensor.file, chunk.tensor.start + n * layer_bytes, chunk.tensor.dtype, tuple(shape), chunk.key
         )
-        yield from _place_matrix(layer_name(chunk.offsets[0] + n, suffix), chunk.offsets[1:], tensor, config)
+        yield from _place_matrix(layer_name(chunk.offsets[0] + n, suffix), chunk.offsets[1:], tensor, rules)
 
 
 def _place_matrix(
-    name: str, offsets: tuple[int, ...], tensor: DiskTensor, config: LlamaConfig
+    name: str, offsets: tuple[int, ...], tensor: DiskTensor, rules: Mapping[str, ShardRule]
 ) -> Iterator[tuple[str, Piece]]:
-    rule = sharding(config).get(name)
+    rule = rules.get(name)
     if rule is None:
-        raise CheckpointError(f"{tensor.where} is none of a LLaMA-2's tensors of {config.num_layers} layers")
+        raise CheckpointError(f"{tensor.where} is none of a LLaMA-2's tensors")
     if not len(rule.shape) == len(tensor.shape) == len(offsets):
         raise CheckpointError(f"{tensor.where} has the shape {list(tensor.shape)}, expected {list(rule.shape)}")
     rows = offsets[0], min(offsets[0] + tensor.shape[0], rule.shape[0])
@@ -166,6 +165,8 @@ def _place_matrix(
 def _read_whole(path: Path) -> bytes:
     file = File(path)
     try:
+        if file.size > MAX_PICKLE_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_PICKLE_BYTES >> 20} MiB")
         return file.read(0, file.size)
     finally:
         file.close()

@@ -12,7 +12,16 @@ from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.formats.companions import TRACKER, stated_config, tokenizer_files
 from ckpt_tools.formats.megatron_args import args_for, config_from_args
 from ckpt_tools.layout import Layout, OutputFile, Planned
-from ckpt_tools.shard_rules import EMBEDDING, INPUT_NORM, MLP_NORM, check_layout, layer_name, sharding, stage_names
+from ckpt_tools.shard_rules import (
+    EMBEDDING,
+    INPUT_NORM,
+    MLP_NORM,
+    ShardRule,
+    check_layout,
+    layer_name,
+    sharding,
+    stage_names,
+)
 from ckpt_tools.storage.files import DiskTensor, File
 from ckpt_tools.storage.output import Slot
 from ckpt_tools.storage.torch_read import read_torch
@@ -64,10 +73,11 @@ def open_megatron(folder: Path) -> Contents:
         layers = _layers_of_stages(ranks)
 
     def place(config: LlamaConfig) -> Iterator[tuple[str, Piece]]:
-        if len(layers) and sum(map(len, layers)) != config.num_layers:
+        if sum(map(len, layers)) != config.num_layers:
             raise CheckpointError(f"{folder} holds {sum(map(len, layers))} layers, expected {config.num_layers}")
+        rules = sharding(config)
         for rank in ranks:
-            yield from _place_rank(rank, config, tp_size, layers)
+            yield from _place_rank(rank, config.vocab_size, rules, tp_size, layers)
 
     return Contents(
         format=FORMAT,
@@ -138,15 +148,16 @@ def _layers_of_stages(ranks: Sequence[_Rank]) -> list[range]:
     return stages
 
 
-def _place_rank(rank: _Rank, config: LlamaConfig, tp_size: int, layers: Sequence[range]) -> Iterator[tuple[str, Piece]]:
-    rules = sharding(config)
+def _place_rank(
+    rank: _Rank, vocab_size: int, rules: Mapping[str, ShardRule], tp_size: int, layers: Sequence[range]
+) -> Iterator[tuple[str, Piece]]:
     for stored, tensor in rank.tensors.items():
         name = canonical_name(stored, layers[rank.pp].start)
         if name not in rules:
             raise CheckpointError(f"{tensor.where} is none of a LLaMA-2's tensors")
         padded = (*tensor.shape, 0)[0] * tp_size if rules[name].vocab else None
-        if padded is not None and padded < config.vocab_size:
-            raise CheckpointError(f"{tensor.where} has room for {padded} of {config.vocab_size} entries")
+        if padded is not None and padded < vocab_size:
+            raise CheckpointError(f"{tensor.where} has room for {padded} of {vocab_size} entries")
         view = rules[name].view(rank.tp, tp_size, padded)
         pieces = view_pieces(tensor, view)
         if rank.tp == 0 or rules[name].split_dim is not None:  # what every rank repeats is read from the first

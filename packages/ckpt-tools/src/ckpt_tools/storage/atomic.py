@@ -51,8 +51,10 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 def recover(target: Path) -> None:
     """Brings back what an interrupted replacement has left aside, if the target itself is missing."""
+    if target.exists() or not target.name:
+        return
     aside = _aside(target)
-    if aside.is_dir() and not target.exists():
+    if aside.is_dir():
         aside.rename(target)
 
 

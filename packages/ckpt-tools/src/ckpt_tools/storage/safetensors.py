@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_tools.dtypes import ITEM_SIZE
 from ckpt_tools.errors import CheckpointError
-from ckpt_tools.storage.files import DiskTensor, File, parse_json
+from ckpt_tools.storage.files import MAX_JSON_BYTES, DiskTensor, File, parse_json
 from ckpt_tools.storage.output import OutputStream, Slot
 
 DTYPES = {
@@ -38,7 +38,7 @@ def read_safetensors(file: File) -> dict[str, DiskTensor]:
     if file.size < 8:
         raise CheckpointError(f"{file.path} is not a safetensors file: it has {file.size} bytes")
     (size,) = struct.unpack("<Q", file.read(0, 8))
-    if size > file.size - 8:
+    if size > min(file.size - 8, MAX_JSON_BYTES):
         raise CheckpointError(f"{file.path} is truncated or not a safetensors file: its header claims {size} bytes")
     header = parse_json(file.read(8, size), f"the header of {file.path}")
     header.pop("__metadata__", None)
