@@ -59,8 +59,10 @@ class File:
         """Fills `view` with the bytes from `offset` on.
 
         Raises:
-            CheckpointError: The file ends before.
+            CheckpointError: The file ends before, or `offset` lies before its beginning.
         """
+        if offset < 0:
+            raise CheckpointError(f"{self.path} is broken: it refers to bytes before its own beginning")
         while view:
             got = os.preadv(self._fd, [view], offset)
             if not got:
