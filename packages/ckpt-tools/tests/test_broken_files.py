@@ -225,12 +225,13 @@ def test_contradictions_name_both_values(model, megatron, tmp_path):
         ({"tensor_model_parallel_size": 3}, "4 attention heads do not divide among 3"),
         ({"tensor_model_parallel_size": 8}, "4 attention heads do not divide among 8"),
         ({"pipeline_model_parallel_size": 3}, "2 layers do not divide among 3"),
-        ({"tensor_model_parallel_size": 0}, "positive"),
+        ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size is 0"),
+        ({"make_vocab_size_divisible_by": -1}, "make_vocab_size_divisible_by is -1"),
     ],
 )
 def test_layouts_that_do_not_divide(model, tmp_path, layout, said):
     assert said in message(convert, model, tmp_path / "out", to="megatron-core", error=UsageError, **layout)
-    assert "not split over ranks" in message(
+    assert "not split over ranks nor padded" in message(
         convert, model, tmp_path / "out", to="hf", pipeline_model_parallel_size=2, error=UsageError
     )
     assert list(tmp_path.iterdir()) == [model]

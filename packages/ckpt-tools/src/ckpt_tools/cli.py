@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 CHECK_FAILED = 3
 
-ModelPath = Annotated[Path, tyro.conf.Positional]
+Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+ModelPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+ConfigPath = Annotated[Path | None, tyro.conf.arg(metavar="HF_DIR")]
 
 
 def convert(
-    source: ModelPath,
-    target: ModelPath,
+    source: Source,
+    target: Target,
     /,
     *,
     to: Literal["hf", "megatron-core"],
@@ -29,7 +32,7 @@ def convert(
     pipeline_model_parallel_size: int = 1,
     make_vocab_size_divisible_by: int = 1,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
-    config: Path | None = None,
+    config: ConfigPath = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> int:
@@ -68,14 +71,14 @@ def convert(
 
 
 def reshard(
-    source: ModelPath,
-    target: ModelPath,
+    source: Source,
+    target: Target,
     /,
     *,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     make_vocab_size_divisible_by: int = 1,
-    config: Path | None = None,
+    config: ConfigPath = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> int:
@@ -109,7 +112,7 @@ def reshard(
     return 0
 
 
-def inspect(path: ModelPath, /, *, config: Path | None = None, json: bool = False) -> int:
+def inspect(path: ModelPath, /, *, config: ConfigPath = None, json: bool = False) -> int:
     """Shows a checkpoint's format, architecture, layout, type and size.
 
     Args:
@@ -135,7 +138,7 @@ def verify(
     /,
     *,
     tolerance: float = 0.0,
-    config: Path | None = None,
+    config: ConfigPath = None,
     json: bool = False,
 ) -> int:
     """Compares two checkpoints tensor by tensor, across formats and layouts. Exit code 3 if they differ.

@@ -1,18 +1,23 @@
 """What a writer is asked for, and what it plans: files, and the part of the model that each of their tensors holds."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
 
 from ckpt_tools.config import LlamaConfig
+from ckpt_tools.errors import UsageError
 from ckpt_tools.shard_rules import View
 from ckpt_tools.storage.output import Slot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a written model is split over ranks; a Hugging Face folder is not."""
+    """How a written model is split over ranks; a Hugging Face folder is not.
+
+    Raises:
+        UsageError: A number is not positive.
+    """
 
     tensor_model_parallel_size: int = 1
     """Ranks that share out each matrix."""
@@ -20,6 +25,11 @@ class Layout:
     """Stages that share out the layers."""
     make_vocab_size_divisible_by: int = 1
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}: it must be positive")
 
 
 class TensorWriter(Protocol):

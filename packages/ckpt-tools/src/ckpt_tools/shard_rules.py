@@ -132,8 +132,6 @@ def check_layout(config: LlamaConfig, tensor_model_parallel_size: int, pipeline_
         UsageError: Naming both numbers.
     """
     tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
-    if tp < 1 or pp < 1:
-        raise UsageError(f"parallel sizes are positive: got tensor {tp} and pipeline {pp}")
     shared_out = {"attention heads": config.num_attention_heads, "feed-forward channels": config.ffn_hidden_size}
     for what, count in shared_out.items():
         if count % tp:

@@ -169,8 +169,8 @@ def plan(config: LlamaConfig, layout: Layout, dtypes: Mapping[str, str]) -> Plan
     Raises:
         UsageError: A layout was asked for, which this format has not.
     """
-    if (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size) != (1, 1):
-        raise UsageError("a Hugging Face folder is not split over ranks: leave out the parallel sizes")
+    if layout != Layout():
+        raise UsageError("a Hugging Face folder is not split over ranks nor padded: leave out the layout's options")
     shards = _shards(config, dtypes)
     names = [SINGLE_SAFETENSORS]
     if len(shards) > 1:
