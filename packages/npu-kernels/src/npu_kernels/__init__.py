@@ -1,0 +1,50 @@
+"""Fused operations for LLaMA behind one signature each, and the one place that knows which accelerator there is.
+
+Every op takes batch first: x [b, s, h], q [b, s, n, d], k and v [b, s, g, d], any strides. `PUNA_KERNELS=reference`
+selects the plain PyTorch references. Names are imported on first use, so that `import npu_kernels` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from npu_kernels.devices import Device, device
+    from npu_kernels.errors import KernelError
+    from npu_kernels.ops.attention import attention
+    from npu_kernels.ops.cross_entropy import cross_entropy
+    from npu_kernels.ops.decode_attention import decode_attention
+    from npu_kernels.ops.rms_norm import rms_norm
+    from npu_kernels.ops.rotary_embedding import rotary_embedding
+    from npu_kernels.ops.swiglu import swiglu
+
+_HOME = {
+    "Device": "devices",
+    "KernelError": "errors",
+    "attention": "ops.attention",
+    "cross_entropy": "ops.cross_entropy",
+    "decode_attention": "ops.decode_attention",
+    "device": "devices",
+    "rms_norm": "ops.rms_norm",
+    "rotary_embedding": "ops.rotary_embedding",
+    "swiglu": "ops.swiglu",
+}
+
+__all__ = [
+    "Device",
+    "KernelError",
+    "attention",
+    "cross_entropy",
+    "decode_attention",
+    "device",
+    "rms_norm",
+    "rotary_embedding",
+    "swiglu",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'npu_kernels' has no attribute {name!r}")
+    # Kept, so that an op is looked up once and not at every call of the network.
+    found = globals()[name] = getattr(import_module(f"npu_kernels.{_HOME[name]}"), name)
+    return found
