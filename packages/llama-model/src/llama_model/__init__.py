@@ -1,0 +1,52 @@
+"""The LLaMA-2 network: loads any checkpoint that ckpt-tools reads, generates, and trains on megatron-core's layers.
+
+    model = load_model("llama-2-7b-hf")
+    for step in generate(model, [[1, 15043]], max_new_tokens=32): ...
+
+Public names: `LlamaModel` (the network), `load_model` and `load_weights` (from disk), `generate` (an iterator of
+tokens) and its `Step`, `KeyValueCache`, the modules `flops` and `parallel` (megatron-core's tensor parallelism). They
+are imported on first use, so that `import llama_model` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama_model import flops, parallel
+    from llama_model.cache import KeyValueCache
+    from llama_model.errors import ModelError, RequestError
+    from llama_model.generation import Step, generate
+    from llama_model.loading import load_model, load_weights
+    from llama_model.model import LlamaModel
+
+_HOME = {
+    "KeyValueCache": "cache",
+    "LlamaModel": "model",
+    "ModelError": "errors",
+    "RequestError": "errors",
+    "Step": "generation",
+    "generate": "generation",
+    "load_model": "loading",
+    "load_weights": "loading",
+}
+
+__all__ = [
+    "KeyValueCache",
+    "LlamaModel",
+    "ModelError",
+    "RequestError",
+    "Step",
+    "flops",
+    "generate",
+    "load_model",
+    "load_weights",
+    "parallel",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("flops", "parallel"):
+        return import_module(f"llama_model.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'llama_model' has no attribute {name!r}")
+    return getattr(import_module(f"llama_model.{_HOME[name]}"), name)

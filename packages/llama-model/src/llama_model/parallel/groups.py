@@ -1,0 +1,82 @@
+"""Process groups and seeds: from torchrun's variables to megatron-core's parallel state, and back to nothing."""
+
+import os
+
+import torch
+from npu_kernels import Device
+from npu_kernels import device as find_device
+from torch import distributed
+from torch._C._distributed_c10d import HashStore
+
+from llama_model.errors import RequestError
+from llama_model.parallel.adaptor import adapt
+
+_made_here = False
+"""Whether the process group was made by `initialize`, and so is `destroy`'s to end."""
+
+
+def initialize(
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    device: Device | None = None,
+    seed: int = 1234,
+) -> Device:
+    """The device, after everything that megatron-core wants at a start: adaptor, process groups, seeds.
+
+    The world comes from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them it
+    is this process alone. A process group that exists already is used.
+
+    Args:
+        tensor_model_parallel_size: Ranks that share each layer.
+        pipeline_model_parallel_size: Stages; what is left of the world is data parallel.
+        device: Where this rank computes; the machine's accelerator unless given. Its current chip becomes LOCAL_RANK.
+        seed: Of torch's generator, the same on all ranks, and of megatron-core's, one per tensor-parallel rank.
+
+    Raises:
+        RequestError: The world does not divide into the layout.
+        ModelError: megatron.core was imported too early; see `adapt`.
+    """
+    device = find_device() if device is None else device
+    adapt(device)
+    device.set_current(int(os.environ.get("LOCAL_RANK", "0")))
+    _join_world(device)
+    world = distributed.get_world_size()
+    part = tensor_model_parallel_size * pipeline_model_parallel_size
+    if world % part:
+        destroy()
+        raise RequestError(
+            f"{world} processes do not divide into tensor_model_parallel_size {tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size {pipeline_model_parallel_size} = {part}"
+        )
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
+    model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    return device
+
+
+def _join_world(device: Device) -> None:
+    global _made_here
+    if distributed.is_initialized():
+        return
+    if "RANK" in os.environ:
+        distributed.init_process_group(device.collective_backend)
+    else:
+        distributed.init_process_group(device.collective_backend, store=HashStore(), rank=0, world_size=1)
+    _made_here = True
+
+
+def destroy() -> None:
+    """Takes megatron-core's groups down, and the process group if `initialize` made it. Afterwards `initialize` can be
+    called again, with another layout.
+    """
+    global _made_here
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if _made_here and distributed.is_initialized():
+        distributed.destroy_process_group()
+    _made_here = False
