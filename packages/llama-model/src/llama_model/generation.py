@@ -43,9 +43,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise RequestError(
-                f"temperature {self.temperature}: it must be above 0 (greedy decoding is the limit at 0)"
-            )
+            raise RequestError(f"temperature {self.temperature}: it must be above 0 (greedy decoding is its limit)")
         if self.top_k < 0:
             raise RequestError(f"top_k {self.top_k}: it must be 0 (all) or more")
         if not 0 < self.top_p <= 1:
@@ -159,7 +157,7 @@ def _generator(seed: int | None, row: int) -> torch.Generator:
 def _draw(logits: Tensor, rule: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
     """One token a row, [b], by inverting the cumulative distribution of the likeliest tokens at a random point."""
     points = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
-    ordered, ids = (logits / rule.temperature).sort(-1, descending=True, stable=True)  # [b, v] each
+    ordered, ids = (logits / rule.temperature).sort(stable=True, dim=-1, descending=True)  # [b, v] each
     if rule.top_k:
         ordered, ids = ordered[:, : rule.top_k], ids[:, : rule.top_k]
     mass = ordered.double().softmax(-1).cumsum(-1)  # [b, k]
@@ -167,4 +165,5 @@ def _draw(logits: Tensor, rule: Sampling, generators: Sequence[torch.Generator])
     ends = (mass < rule.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)  # [b, 1]
     targets = points.to(logits.device)[:, None] * mass.gather(-1, ends)  # [b, 1]
     chosen = torch.minimum((mass <= targets).sum(-1, keepdim=True), ends)
-    return ids.gather(-1, chosen)[:, 0]
+    drawn: Tensor = ids.gather(-1, chosen)[:, 0]
+    return drawn
