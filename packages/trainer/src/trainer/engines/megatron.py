@@ -57,8 +57,9 @@ class MegatronEngine:
         )
         self._optimizer = _optimizer(config, self._model)
         self._schedule = _schedule(config, self._optimizer)
-        model.config.finalize_model_grads_func = finalize_model_grads
-        model.config.grad_scale_func = self._optimizer.scale_loss
+        options: Any = model.config
+        options.finalize_model_grads_func = finalize_model_grads
+        options.grad_scale_func = self._optimizer.scale_loss
 
     def train_step(self, batches: Iterable[Batch]) -> StepResult:
         """See `Engine.train_step`."""
