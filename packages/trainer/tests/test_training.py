@@ -134,7 +134,12 @@ def test_fine_tuning_takes_the_loss_of_the_answers_only(workspace):
     answered = [int((labels != -100).sum()) for _, labels in expected]
     assert column(run, "loss_tokens").tolist() == answered
     assert 0 < answered[0] < 8 * 200 / 3
-    assert "cut to --seq-length" in done.stderr
+    assert "warning" not in done.stderr
+
+
+def test_rows_that_are_too_long_are_counted(workspace):
+    assert InstructionSamples(workspace / "tune", 16, 2, seed=5).num_cut == 50
+    assert InstructionSamples(workspace / "tune", 250, 2, seed=5).num_cut == 0
 
 
 def test_each_epoch_sees_every_row_once_in_another_order(workspace):
