@@ -1,6 +1,5 @@
 """What the ranks of the parallel tests run; imported by their processes, which adapt megatron-core for good."""
 
-import itertools
 import os
 from pathlib import Path
 
@@ -320,11 +319,12 @@ def refused(call):
     return None
 
 
-def world_of_two_in_three():
+def three_of_two():
+    """The message of asking two processes for a layout of three."""
     from llama_model import RequestError
 
     try:
         parallel.initialize(tensor_model_parallel_size=3)
     except RequestError as error:
         return str(error)
-    return list(itertools.repeat(None, 1))
+    return None

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-GRACE_S = 3.0
+GRACE_S = 1.0
 """How long the others may go on once a rank has failed: most of them then hang in a collective."""
 
 

@@ -104,6 +104,12 @@ def test_a_cache_takes_several_tokens_at_a_time(model, gqa):
     cache = model.new_cache(2, 20)
     parts = [model(gqa.tokens[:, a:b], cache=cache) for a, b in ((0, 9), (9, 15), (15, 16), (16, 20))]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=5e-6)
+    shared = model.new_cache(1, 20)
+    model(gqa.tokens[:1, :9], cache=shared)
+    shared.keep([0, 0])
+    pair = torch.stack((gqa.tokens[0, 9:], gqa.tokens[1, 9:]))
+    expected = model(torch.cat((gqa.tokens[:1, :9].expand(2, -1), pair), 1))[:, 9:]
+    torch.testing.assert_close(model(pair, cache=shared), expected, rtol=1e-4, atol=5e-6)
     with pytest.raises(ValueError, match="do not fit into a cache of 20 slots"):
         model(gqa.tokens[:, :1], cache=cache)
 

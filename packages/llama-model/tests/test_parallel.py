@@ -173,13 +173,13 @@ def test_training_resumes_bit_for_bit_from_a_distributed_checkpoint(ranks, gqa, 
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_gpt_model_loads_our_checkpoint_strictly_and_we_its(ranks, case, tmp_path, tp):
+def test_gpt_model_loads_our_checkpoint_strictly_and_we_its(ranks, gqa, tmp_path, tp):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    keys = ranks.run(rank_cases.save, tp, case.folder, ours)[0]
+    keys = ranks.run(rank_cases.save, tp, gqa.folder, ours)[0]
     assert "decoder.layers.mlp.linear_fc1.weight" in keys
-    for loaded, back, their_keys, learnt in ranks.run(rank_cases.both_ways, tp, case.folder, ours, theirs, case.tokens):
-        np.testing.assert_allclose(loaded, case.logits.numpy(), atol=LOGITS, rtol=0)
-        np.testing.assert_allclose(back, case.logits.numpy(), atol=LOGITS, rtol=0)
+    for loaded, back, their_keys, learnt in ranks.run(rank_cases.both_ways, tp, gqa.folder, ours, theirs, gqa.tokens):
+        np.testing.assert_allclose(loaded, gqa.logits.numpy(), atol=LOGITS, rtol=0)
+        np.testing.assert_allclose(back, gqa.logits.numpy(), atol=LOGITS, rtol=0)
         assert learnt > 0.1, "fresh weights must not do already"
         assert their_keys == keys
 
@@ -210,5 +210,5 @@ def test_what_the_network_cannot_do_is_refused(ranks, call):
 
 
 def test_a_world_that_does_not_divide_is_refused(ranks):
-    message = ranks.run(rank_cases.world_of_two_in_three)[0]
+    message = ranks.run(rank_cases.three_of_two)[0]
     assert "2 processes do not divide into tensor_model_parallel_size 3" in message

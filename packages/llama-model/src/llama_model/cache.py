@@ -85,9 +85,11 @@ class KeyValueCache:
         self.longest = max(lengths)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keeps only these rows of the batch, in this order."""
+        """Makes these rows the batch, in this order; one that is named twice, such as a prefix that several texts
+        share, is copied.
+        """
         index = torch.tensor(rows, device=self.lengths.device)
         self._keys = [keys[index] for keys in self._keys]
         self._values = [values[index] for values in self._values]
-        self._rows = self._rows[: len(rows)]
+        self._rows = torch.arange(len(rows), device=index.device)[:, None]
         self.lengths = self.lengths[index]

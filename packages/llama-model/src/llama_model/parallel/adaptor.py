@@ -23,7 +23,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
-from importlib.util import spec_from_file_location
+from importlib.util import find_spec, spec_from_file_location
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def adapt(device: Device | None = None) -> None:
         device: Where megatron-core is to compute; the machine's accelerator unless given.
 
     Raises:
-        ModelError: megatron.core was imported before, or adapted to another device.
+        ModelError: megatron-core is not installed, was imported before, or is adapted to another device.
         RequestError: The CPU is asked for on a machine with CUDA, where `Tensor.cuda` must stay what it is.
     """
     before = adapted_device()
@@ -80,6 +80,11 @@ def adapt(device: Device | None = None) -> None:
             raise ModelError(f"megatron-core is adapted to {before.type} in this process already")
         return
     device = find_device() if device is None else device
+    for needed in ("megatron", "psutil"):  # without psutil, saving a checkpoint waits for ever
+        if find_spec(needed) is None:
+            raise ModelError(
+                f"{needed} is not installed: pip install './packages/llama-model[parallel]' and its siblings"
+            )
     if _PACKAGE in sys.modules:
         raise ModelError(
             "megatron.core was imported before it could be adapted: call llama_model.parallel.adapt() (or initialize) "
@@ -139,8 +144,7 @@ def _adapt_module(module: types.ModuleType, device: Device, view: types.ModuleTy
         _redirect(module, name, device, view)
     if name == "jit":
         module.disable_jit_fuser()
-    without_apex = not getattr(module, "HAVE_APEX_OR_TE", not getattr(module, "USING_PYTORCH_OPTIMIZER", False))
-    if name in OPTIMIZER_NAMES and without_apex:
+    if name in OPTIMIZER_NAMES and vars(module)["Adam"].__module__.startswith("torch.optim"):  # it found no other
         vars(module).update(OPTIMIZER_NAMES[name])
 
 
