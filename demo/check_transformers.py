@@ -8,6 +8,7 @@ Exit code 3 where the greedy tokens differ.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def greedy(folder: Path, prompt: str, length: int) -> list[int]:
     """The first `length` tokens of the answer, prompt and end token as the folder's own files say."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length)
-    return out[0, ids.shape[1] :].tolist()
+    answer: list[int] = out[0, ids.shape[1] :].tolist()
+    return answer
 
 
 def main(folder: Path, generated: Path) -> int:
