@@ -1,4 +1,4 @@
-"""Text and ids: tokenizing, prompt templates, and Megatron indexed datasets, without torch.
+"""Text and ids: tokenizer, prompt templates, and Megatron indexed datasets, without torch.
 
 Public names, imported on first use: `Tokenizer` (the one place that turns text into ids and back), `templates` (the one
 place for prompts), `prepare` (raw files to a data set), `IndexedDataset`, `read_manifest` and `Manifest`, `DataError`.
@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data_prep import templates as templates
     from data_prep.errors import DataError as DataError
-    from data_prep.indexed import IndexedDataset as IndexedDataset
-    from data_prep.manifests import Manifest as Manifest
-    from data_prep.manifests import read_manifest as read_manifest
+    from data_prep.indexed_dataset import IndexedDataset as IndexedDataset
+    from data_prep.manifest import Manifest as Manifest
+    from data_prep.manifest import read_manifest as read_manifest
     from data_prep.preparation import prepare as prepare
-    from data_prep.tokenizing import Tokenizer as Tokenizer
+    from data_prep.tokenizer import Tokenizer as Tokenizer
 
 _HOME = {
     "DataError": "errors",
-    "IndexedDataset": "indexed",
-    "Manifest": "manifests",
-    "Tokenizer": "tokenizing",
+    "IndexedDataset": "indexed_dataset",
+    "Manifest": "manifest",
+    "Tokenizer": "tokenizer",
     "prepare": "preparation",
-    "read_manifest": "manifests",
+    "read_manifest": "manifest",
 }
 __all__ = ["DataError", "IndexedDataset", "Manifest", "Tokenizer", "prepare", "read_manifest", "templates"]
 

@@ -1,0 +1,90 @@
+"""What a data set holds: its figures, and any document of it as text, with the place where the loss falls."""
+
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import DataError, UsageError
+from data_prep.handlers import IGNORED
+from data_prep.indexed_dataset import IndexedDataset, find_prefixes
+from data_prep.manifest import read_manifest
+from data_prep.tokenizer import Tokenizer
+
+
+def describe(prefix: str | Path) -> list[dict[str, Any]]:
+    """The figures of each pair of files that `prefix` stands for.
+
+    Raises:
+        DataError: There is none, or one is broken.
+    """
+    return [_figures(path) for path in find_prefixes(prefix) or [Path(prefix)]]
+
+
+def _figures(prefix: Path) -> dict[str, Any]:
+    data, manifest = IndexedDataset(prefix), read_manifest(prefix)
+    lengths = data.sequence_lengths
+    tokens = int(lengths.sum(dtype=np.int64))
+    return {
+        "prefix": str(data.prefix),
+        "dtype": data.dtype.name,
+        "documents": len(data.document_indices) - 1,
+        "sequences": len(data),
+        "tokens": tokens,
+        "shortest": int(lengths.min(initial=np.iinfo(np.int32).max)) if len(lengths) else 0,
+        "mean": tokens / len(data) if len(data) else 0.0,
+        "longest": int(lengths.max(initial=0)),
+        "manifest": asdict(manifest) if manifest else None,
+    }
+
+
+def document(prefix: str | Path, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """One document, sequence by sequence, in the spans on which the loss falls or does not.
+
+    In instruction data the labels say where; elsewhere it falls on every token.
+
+    Returns:
+        {"document", "sequences": [[{"loss", "tokens", "ids", "text"}, ...], ...]}; text is None without a tokenizer.
+
+    Raises:
+        DataError: There is no such data set, or the tokenizer is not the data's.
+        UsageError: There is no such document.
+    """
+    data = IndexedDataset(prefix)
+    count = len(data.document_indices) - 1
+    if not 0 <= number < count:
+        raise UsageError(f"--document {number} is none of the {count} in {data.prefix}, numbered from 0")
+    if tokenizer:
+        check_tokenizer(data.prefix, tokenizer)
+    labels = _labels_beside(data)
+    begin, end = data.document_indices[number : number + 2].tolist()
+    sequences = [_spans(data[at], data[at] if labels is None else labels[at], tokenizer) for at in range(begin, end)]
+    return {"document": number, "prefix": str(data.prefix), "sequences": sequences}
+
+
+def check_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
+    """Raises a DataError where the data's manifest names another vocabulary."""
+    manifest = read_manifest(prefix)
+    if manifest and manifest.vocab_sha256 != tokenizer.vocab_sha256:
+        raise DataError(
+            f"{prefix} was made with another vocabulary ({manifest.vocab_size} pieces) than {tokenizer.path} holds "
+            f"({tokenizer.vocab_size}): give the tokenizer that made it"
+        )
+
+
+def _labels_beside(data: IndexedDataset) -> IndexedDataset | None:
+    name = data.prefix.name
+    if not name.endswith("_packed_input_ids_document"):
+        return None
+    return IndexedDataset(data.prefix.with_name(name.replace("_packed_input_ids_", "_packed_labels_")))
+
+
+def _spans(ids: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+    spans = []
+    for loss, run in groupby(zip(ids.tolist(), labels.tolist(), strict=True), lambda pair: pair[1] != IGNORED):
+        part = [id for id, _ in run]
+        text = tokenizer.decode(part) if tokenizer else None
+        spans.append({"loss": loss, "tokens": len(part), "ids": part, "text": text})
+    return spans

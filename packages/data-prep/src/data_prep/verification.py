@@ -1,0 +1,92 @@
+"""Whether a data set is what its index and its manifest say: sizes, offsets, ids, hashes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import DataError
+from data_prep.handlers import IGNORED
+from data_prep.indexed_dataset import IndexedDataset, find_prefixes, sha256_of
+from data_prep.manifest import Manifest, read_manifest
+
+_BLOCK = 1 << 20
+_PACKED = "_packed_input_ids_document"
+
+
+def verify(prefix: str | Path) -> list[str]:
+    """What is wrong with a data set, each as a sentence; an empty list if nothing is.
+
+    Args:
+        prefix: As for `IndexedDataset`; `P` alone means all its keys.
+
+    Raises:
+        DataError: There is no data set, or an index cannot be read at all.
+    """
+    prefixes = find_prefixes(prefix) or [Path(prefix)]
+    problems = [problem for path in prefixes for problem in _pair(path)]
+    packed = [path for path in prefixes if path.name.endswith(_PACKED)]
+    return problems + [problem for path in packed for problem in _instruction(path)]
+
+
+def _pair(prefix: Path) -> Iterator[str]:
+    data, manifest = IndexedDataset(prefix), read_manifest(prefix)
+    name = data.prefix.name
+    lengths, size = data.sequence_lengths, Path(f"{data.prefix}.bin").stat().st_size
+    expected = np.cumsum(lengths, dtype=np.int64) * data.dtype.itemsize
+    if (lengths < 0).any():
+        yield f"{name}.idx: a sequence has a negative length"
+    if len(lengths) and not (data.offsets == expected - lengths * data.dtype.itemsize).all():
+        yield f"{name}.idx: a sequence does not begin where the one before it ends"
+    if size != (int(expected[-1]) if len(expected) else 0):
+        yield f"{name}.bin: {size} bytes, but the index accounts for {int(expected[-1]) if len(expected) else 0}"
+    documents = data.document_indices
+    if not len(documents) or documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 0).any():
+        yield f"{name}.idx: the document index does not go from 0 to the number of sequences"
+    if manifest:
+        yield from _against_manifest(data, manifest)
+
+
+def _against_manifest(data: IndexedDataset, manifest: Manifest) -> Iterator[str]:
+    name, tokens = data.prefix.name, int(data.sequence_lengths.sum(dtype=np.int64))
+    found = {"documents": len(data.document_indices) - 1, "sequences": len(data), "tokens": tokens}
+    for what, number in found.items():
+        if number != getattr(manifest, what):
+            yield f"{name}: {number} {what}, but the manifest says {getattr(manifest, what)}"
+    for suffix, said in ((".bin", manifest.bin_sha256), (".idx", manifest.idx_sha256)):
+        if sha256_of(Path(f"{data.prefix}{suffix}")) != said:
+            yield f"{name}{suffix}: its bytes are not those that the manifest names (sha256)"
+    lowest = IGNORED if name.endswith("_packed_labels_document") else 0
+    ids = np.memmap(f"{data.prefix}.bin", data.dtype, mode="r") if tokens else np.empty(0, data.dtype)
+    for begin in range(0, len(ids), _BLOCK):
+        block = ids[begin : begin + _BLOCK]
+        if ((block < lowest) | (block >= manifest.vocab_size)).any() or ((block < 0) & (block != IGNORED)).any():
+            yield f"{name}.bin: an id after number {begin} is not in the vocabulary of {manifest.vocab_size}"
+            return
+
+
+def _instruction(prefix: Path) -> Iterator[str]:
+    """Labels are the ids or carry no loss, the mask is all ones, and all three go together."""
+    ids = IndexedDataset(prefix)
+    stem = str(prefix).removesuffix(_PACKED)
+    for key in ("labels", "attention_mask"):
+        try:
+            other = IndexedDataset(f"{stem}_packed_{key}_document")
+        except DataError as error:
+            yield str(error)
+            continue
+        if not np.array_equal(ids.sequence_lengths, other.sequence_lengths):
+            yield f"{other.prefix.name}: its sequences are not as long as those of the ids"
+            continue
+        good = _is_mask if key == "attention_mask" else _are_labels
+        wrong = next((at for at in range(len(ids)) if not good(ids[at], other[at])), None)
+        if wrong is not None:
+            yield f"{other.prefix.name}: sequence {wrong} does not go with the ids"
+
+
+def _is_mask(ids: np.ndarray, mask: np.ndarray) -> bool:
+    return bool((mask == 1).all())
+
+
+def _are_labels(ids: np.ndarray, labels: np.ndarray) -> bool:
+    return bool(((labels == ids) | (labels == IGNORED)).all())
