@@ -1,116 +1,159 @@
-"""From raw files to indexed datasets and back, on small data made here."""
+"""From raw files to data sets: the same bytes whoever works, whole or not at all."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-import sentencepiece
-from data_prep import DataError, IndexedDataset, Tokenizer, prepare, read_manifest, templates
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-TEXTS = ["the llama walks over the grassland", "  two leading spaces", "a condor\ncircles above", "", "x" * 300]
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 20),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return folder
+from conftest import ROWS, TEXTS
+from data_prep import DataError, IndexedDataset, Tokenizer, prepare, read_manifest
+from data_prep.errors import UsageError
+from data_prep.indexed_dataset import IndexedWriter, sha256_of
+from data_prep.verification import verify
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), "utf-8")
-    return path
+def content(folder, prefix):
+    return {path.name.removeprefix(prefix): path.read_bytes() for path in folder.glob(f"{prefix}_*") if path.is_file()}
 
 
-def pieces(model):
-    return sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+def test_documents_and_manifest(folder, corpus, tmp_path):
+    manifest = prepare([corpus], tmp_path / "new/out", tokenizer=folder, append_eod=True)
+    data, tokenizer = IndexedDataset(tmp_path / "new/out"), Tokenizer(folder)
+    expected = [tokenizer.encode(text, eos=True) for text in TEXTS]
+    assert [row.tolist() for row in data] == expected
+    assert data.document_indices.tolist() == list(range(len(TEXTS) + 1))
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "out_text_document.bin",
+        "out_text_document.idx",
+        "out_text_document.manifest.json",
+    ]
+    assert manifest == read_manifest(tmp_path / "new/out") == read_manifest(tmp_path / "new/out_text_document")
+    assert manifest.inputs == [{"name": "corpus.jsonl", "bytes": corpus.stat().st_size, "sha256": sha256_of(corpus)}]
+    assert (manifest.documents, manifest.sequences) == (len(TEXTS), len(TEXTS))
+    assert manifest.tokens == sum(map(len, expected))
+    assert (manifest.vocab_sha256, manifest.probe_sha256) == (tokenizer.vocab_sha256, tokenizer.probe_sha256)
+    assert manifest.vocab_size == tokenizer.vocab_size
+    assert manifest.encoder.startswith("sentencepiece ")
 
 
-@given(st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
-def test_ids_are_sentencepieces(model, text):
-    if "<" not in text:
-        assert Tokenizer(model).encode(text) == [1, *pieces(model).encode(text)]
+def test_the_bytes_are_the_same_for_any_workers_and_batches(folder, rows, corpus, tmp_path, monkeypatch):
+    for handler, source in (("GeneralInstructionHandler", rows), ("GeneralPretrainHandler", corpus)):
+        options = {"tokenizer": folder, "handler_name": handler, "append_eod": True}
+        prepare([source] * 3, tmp_path / "one", **options)
+        monkeypatch.setattr("data_prep.preparation._BATCH_RECORDS", 2)
+        prepare([source] * 3, tmp_path / "two", workers=2, **options)
+        monkeypatch.setattr("data_prep.preparation._BATCH_CHARACTERS", 1)
+        prepare([source] * 3, tmp_path / "three", **options)
+        monkeypatch.undo()
+        one = content(tmp_path, "one")
+        assert one == content(tmp_path, "two") == content(tmp_path, "three")
+        assert verify(tmp_path / "one") == []
+        for path in tmp_path.glob("*_document*"):
+            path.unlink()
 
 
-def test_literal_special_tokens_become_their_ids(model):
-    encode = pieces(model).encode
-    assert Tokenizer(model).encode("the</s>llama", eos=True) == [1, *encode("the"), 2, *encode("llama"), 2]
-
-
-def test_documents_read_back(model, corpus, tmp_path):
-    manifest = prepare([corpus], tmp_path / "out", tokenizer=model, append_eod=True)
-    data = IndexedDataset(tmp_path / "out")
-    kept = [text for text in TEXTS if text]
-    assert [row.tolist() for row in data] == [[1, *pieces(model).encode(text), 2] for text in kept]
-    assert data.document_indices.tolist() == list(range(len(kept) + 1))
-    assert manifest == read_manifest(tmp_path / "out_text_document")
-    size = 34 + 12 * len(kept) + 8 * (len(kept) + 1)
-    assert Path(f"{tmp_path}/out_text_document.idx").stat().st_size == size
-
-
-def test_labels_carry_the_response_only(model, tmp_path):
-    row = {"instruction": "walk", "input": "", "output": "over the grassland"}
-    (tmp_path / "rows.json").write_text(json.dumps([row]), "utf-8")
-    options = {"tokenizer": model, "handler_name": "GeneralInstructionHandler", "append_eod": True}
-    prepare([tmp_path / "rows.json"], tmp_path / "out", **options)
-    ids, mask, labels = (
-        IndexedDataset(tmp_path / f"out_packed_{key}_document")[0] for key in ("input_ids", "attention_mask", "labels")
-    )
-    prompt = 1 + len(pieces(model).encode(templates.GENERAL_INSTRUCTION.prompt("walk")))
-    assert labels[:prompt].tolist() == [-100] * prompt
-    np.testing.assert_array_equal(labels[prompt:], ids[prompt:])
-    assert labels[-1] == 2
-    assert mask.tolist() == [1] * len(ids)
-
-
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("text", "words"),
     [
-        ('{"text": "a"}\n{oops\n', "line 2"),
-        ('{"other": "a"}\n', "no column"),
-        ('{"text": null}\n', "null"),
-        ("[1]\n", "not an object"),
+        ('{"text": "a"}\n{oops\n', r"in\.jsonl, line 2"),
+        ('{"text": "a"}\n{"text": null}\n', r"in\.jsonl, line 2: 'text' is null"),
         ("", "no document"),
+        ('{"text": ""}\n', "no document"),
     ],
 )
-def test_broken_input_is_named_and_leaves_nothing(model, tmp_path, content, words):
-    (tmp_path / "in.jsonl").write_text(content, "utf-8")
+def test_a_broken_input_leaves_nothing(folder, tmp_path, text, words, workers):
+    (tmp_path / "in.jsonl").write_text(text, "utf-8")
     with pytest.raises(DataError, match=words):
-        prepare([tmp_path / "in.jsonl"], tmp_path / "out", tokenizer=model)
+        prepare([tmp_path / "in.jsonl"], tmp_path / "out", tokenizer=folder, workers=workers)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_what_is_there_is_replaced_only_when_asked(model, corpus, tmp_path):
-    prepare([corpus], tmp_path / "out", tokenizer=model)
+def test_a_broken_input_leaves_the_old_data_set(folder, corpus, tmp_path):
+    prepare([corpus], tmp_path / "out", tokenizer=folder)
+    before = content(tmp_path, "out")
+    corpus.write_text("{oops", "utf-8")
+    with pytest.raises(DataError, match="line 1"):
+        prepare([corpus], tmp_path / "out", tokenizer=folder, overwrite=True)
+    assert content(tmp_path, "out") == before
+
+
+def test_what_is_there_is_replaced_only_when_asked(folder, corpus, tmp_path):
+    prepare([corpus], tmp_path / "out", tokenizer=folder)
     with pytest.raises(DataError, match="--overwrite"):
-        prepare([corpus], tmp_path / "out", tokenizer=model)
-    prepare([corpus], tmp_path / "out", tokenizer=model, overwrite=True)
+        prepare([corpus], tmp_path / "out", tokenizer=folder)
+    corpus.write_text(json.dumps({"text": "short"}) + "\n", "utf-8")
+    manifest = prepare([corpus], tmp_path / "out", tokenizer=folder, overwrite=True)
+    assert manifest.documents == 1
+    assert verify(tmp_path / "out") == []
 
 
-def test_an_unknown_handler_is_refused_with_the_nearest(model, corpus, tmp_path):
-    with pytest.raises(DataError, match="GeneralPretrainHandler"):
-        prepare([corpus], tmp_path / "out", tokenizer=model, handler_name="GeneralPretrainHandle")
+def _killed_at(step, arguments, options):
+    """Overwrites a data set, and dies as by kill -9 when `step` files have been moved."""
+    moved = 0
+    put = IndexedWriter.put
+
+    def put_or_die(self, suffix):
+        nonlocal moved
+        if moved == step:
+            os._exit(9)
+        moved += 1
+        put(self, suffix)
+
+    IndexedWriter.put = put_or_die
+    prepare(*arguments, **options)
 
 
-def test_the_console_script_answers_in_one_line(tmp_path):
-    command = [str(Path(sys.executable).parent / "data-prep"), "inspect", "nothing"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: no such data set")
-    assert len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize("step", range(6))
+def test_a_kill_at_any_moment_leaves_old_or_new_or_what_readers_refuse(folder, rows, tmp_path, step):
+    options = {"tokenizer": folder, "handler_name": "GeneralInstructionHandler", "overwrite": True}
+    prepare([rows], tmp_path / "out", **options)
+    rows.write_text(json.dumps(ROWS[:1]), "utf-8")
+    child = multiprocessing.get_context("fork").Process(
+        target=_killed_at, args=(step, ([rows], tmp_path / "out"), options)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == 9
+    lengths = set()
+    for key in ("input_ids", "attention_mask", "labels"):
+        try:
+            lengths.add(len(IndexedDataset(tmp_path / f"out_packed_{key}_document")))
+        except DataError:
+            lengths.add(None)
+    assert len(lengths - {None}) <= 1, "old and new stand side by side"
+    prepare([rows], tmp_path / "out", **options)
+    assert verify(tmp_path / "out") == []
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def _die(recipe):
+    os._exit(9)
+
+
+def test_a_worker_that_dies_is_one_error(folder, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.preparation._start_worker", _die)
+    with pytest.raises(DataError, match="a worker process died"):
+        prepare([corpus], tmp_path / "out", tokenizer=folder, workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_no_worker_is_a_usage_error(folder, corpus, tmp_path):
+    with pytest.raises(UsageError, match="--workers 0"):
+        prepare([corpus], tmp_path / "out", tokenizer=folder, workers=0)
+
+
+def test_foreign_data_has_no_manifest_and_later_ones_are_refused(folder, corpus, tmp_path):
+    prepare([corpus], tmp_path / "out", tokenizer=folder)
+    file = Path(f"{tmp_path}/out_text_document.manifest.json")
+    known = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(known | {"a_later_field": 1}), "utf-8")
+    assert read_manifest(tmp_path / "out") is not None
+    for broken, words in ((known | {"format_version": 2}, "version 2"), ({}, "no manifest"), ([], "no manifest")):
+        file.write_text(json.dumps(broken), "utf-8")
+        with pytest.raises(DataError, match=words):
+            read_manifest(tmp_path / "out")
+    file.unlink()
+    assert read_manifest(tmp_path / "out") is None
+    assert verify(tmp_path / "out") == []

@@ -63,9 +63,8 @@ def run(
     if json:
         print(jsonlib.dumps(asdict(manifest)))
         return 0
-    print(f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, vocabulary of {manifest.vocab_size:,}")
-    for name in sorted(path.name for path in output_prefix.parent.glob(f"{output_prefix.name}_*_document.idx")):
-        print(output_prefix.parent / name.removesuffix(".idx"))
+    counts = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens"
+    print(f"{output_prefix}: {counts}, vocabulary of {manifest.vocab_size:,}")
     return 0
 
 

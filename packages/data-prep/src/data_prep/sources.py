@@ -155,8 +155,8 @@ class _Window:
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self._at += 1
-            if self._at < len(self._text):
-                self._advance(self._at)
+            self._advance(self._at)
+            if self._text:
                 return self._text[0]
             if not self._read():
                 return ""

@@ -1,0 +1,140 @@
+"""The console script: what it prints, its exit codes, one line for each mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROWS, TEXTS
+from data_prep import templates
+from data_prep.cli import main
+
+SCRIPT = str(Path(sys.executable).parent / "data-prep")
+
+
+@pytest.fixture
+def prepared(folder, rows, tmp_path, capsys):
+    """An instruction data set."""
+    command = ["run", "--input", rows, "--tokenizer-name-or-path", folder, "--output-prefix", tmp_path / "out"]
+    assert main([*map(str, command), "--handler-name", "GeneralInstructionHandler", "--append-eod"]) == 0
+    capsys.readouterr()
+    return tmp_path / "out"
+
+
+def said(capsys, *arguments, code=0):
+    assert main([str(argument) for argument in arguments]) == code
+    out, err = capsys.readouterr()
+    return err if code in (1, 2) else out
+
+
+def test_run_prints_the_manifest(folder, corpus, tmp_path, capsys):
+    command = ["run", "--input", corpus, "--tokenizer_name_or_path", folder, "--output-prefix", tmp_path / "out"]
+    assert f"{len(TEXTS)} documents" in said(capsys, *command)
+    manifest = json.loads(said(capsys, *command, "--overwrite", "--json"))
+    assert manifest == json.loads((tmp_path / "out_text_document.manifest.json").read_text("utf-8"))
+
+
+def test_inspect_shows_figures(prepared, capsys):
+    facts = json.loads(said(capsys, "inspect", prepared, "--json"))
+    assert [Path(each["prefix"]).name for each in facts] == [
+        f"out_packed_{key}_document" for key in ("attention_mask", "input_ids", "labels")
+    ]
+    assert {each["documents"] for each in facts} == {len(ROWS)}
+    assert "GeneralInstructionHandler" in said(capsys, "inspect", prepared)
+
+
+def test_inspect_shows_where_the_loss_falls(prepared, folder, capsys):
+    command = ["inspect", prepared, "--document", 1, "--tokenizer-name-or-path", folder]
+    (spans,) = json.loads(said(capsys, *command, "--json"))["sequences"]
+    before, answer = spans
+    text = templates.GENERAL_INSTRUCTION.prompt(ROWS[1]["instruction"], ROWS[1]["input"]) + ROWS[1]["output"] + "\n"
+    assert (before["loss"], answer["loss"]) == (False, True)
+    assert before["text"] + answer["text"] == text
+    assert answer["text"] == "above the llama\n"
+    assert f"--- {answer['tokens']} tokens, with loss\nabove the llama\n" in said(capsys, *command)
+    assert str(answer["ids"][0]) in said(capsys, "inspect", prepared, "--document", 1)
+
+
+def test_inspect_refuses_another_tokenizer(prepared, symbols, capsys):
+    command = ["inspect", prepared, "--document", 1, "--tokenizer-name-or-path", symbols]
+    assert "another vocabulary" in said(capsys, *command, code=1)
+
+
+def test_verify_finds_what_is_wrong(prepared, capsys):
+    assert "is whole" in said(capsys, "verify", prepared)
+    file = Path(f"{prepared}_packed_labels_document.bin")
+    labels = np.fromfile(file, np.int32)
+    labels[-1] = 5
+    labels.tofile(file)
+    problems = json.loads(said(capsys, "verify", prepared, "--json", code=3))["problems"]
+    assert len(problems) == 2
+    assert "sha256" in problems[0]
+    assert f"sequence {len(ROWS) - 1} does not go with the ids" in problems[1]
+    labels[0], labels[-1] = 10**6, 2
+    labels.tofile(file)
+    assert "not in the vocabulary" in said(capsys, "verify", prepared, code=3)
+
+
+def test_verify_checks_the_index(prepared, capsys):
+    file = Path(f"{prepared}_packed_input_ids_document.idx")
+    content = bytearray(file.read_bytes())
+    content[34 + 4 * len(ROWS)] += 4  # the first offset
+    file.write_bytes(content)
+    assert "does not begin where" in said(capsys, "verify", f"{prepared}_packed_input_ids_document", code=3)
+    Path(f"{prepared}_packed_labels_document.idx").unlink()
+    assert "no such data set" in said(capsys, "verify", prepared, code=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"--input": "none.jsonl"}, 1, "no such input: none.jsonl"),
+        ({"--tokenizer-name-or-path": "none"}, 1, "no such tokenizer: none"),
+        ({"--handler-name": "GeneralPretrainHandlr"}, 2, "perhaps you meant 'GeneralPretrainHandler'"),
+        ({"--workers": "0"}, 2, "--workers 0"),
+    ],
+)
+def test_mistakes_are_one_line(folder, corpus, tmp_path, capsys, change, code, words):
+    options = {"--input": corpus, "--tokenizer-name-or-path": folder, "--output-prefix": tmp_path / "out"} | change
+    command = [str(word) for option in options.items() for word in option]
+    error = said(capsys, "run", *command, code=code)
+    assert error.startswith("error: ")
+    assert words in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["run", "--input", "x"], "--output-prefix"), (["inspect", "x", "--documents", "1"], "--document")],
+)
+def test_a_bad_flag_is_a_usage_error(tmp_path, arguments, words):
+    done = subprocess.run([SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_document_that_is_not_there_is_a_usage_error(prepared, capsys):
+    assert "none of the 3" in said(capsys, "inspect", prepared, "--document", 3, code=2)
+    assert "no such data set" in said(capsys, "inspect", "none", "--document", 0, code=1)
+
+
+def test_help_loads_no_reader_and_no_encoder():
+    command = [sys.executable, "-X", "importtime", "-m", "data_prep", "run", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--handler-name" in done.stdout
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not loaded & {"torch", "numpy", "pyarrow", "sentencepiece", "tokenizers"}
+
+
+def test_the_console_script_works(folder, corpus, tmp_path):
+    command = ["run", "--input", corpus, "--tokenizer-name-or-path", folder, "--output-prefix", "out", "--workers", "2"]
+    done = subprocess.run([SCRIPT, *map(str, command)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out_text_document.idx").exists()
+    done = subprocess.run([SCRIPT, "inspect", "none"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: no such data set: none.idx\n")
