@@ -1,7 +1,7 @@
 """The `evaluator` console script: its verbs, and nothing of what they do."""
 
 import json as jsonlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,67 +10,75 @@ from ckpt_tools import commandline
 
 Benchmark = Annotated[Literal["mmlu"], tyro.conf.Positional]
 Model = Annotated[Path, tyro.conf.Positional]
-Reports = Annotated[list[Path], tyro.conf.Positional]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of `evaluator VERB ...`."""
-    commands: dict[str, Callable[..., int]] = {"run": run, "show": show}
-    return commandline.run("evaluator", "Asks a LLaMA model questions.", commands, argv)
+    return commandline.run("evaluator", "Asks a LLaMA model questions.", {"run": run}, argv)
 
 
 def run(
-    *,
     benchmark: Benchmark,
     model: Model,
+    *,
     task_data_path: Path,
     output: Path,
     protocol: Literal["letter", "perplexity"] = "letter",
     subjects: list[str] = [],  # noqa: B006  (the parser shows it; it is never changed)
-    num_few_shot: int = 5,
+    num_few_shot: int | None = None,
     prompt_template: str = "none",
-    tokenizer_name_or_path: Path | None = None,
-    batch_size: int = 32,
     limit: int | None = None,
-    device: str | None = None,
+    batch_size: int = 32,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    device: Literal["npu", "cuda", "cpu"] | None = None,
+    tokenizer_name_or_path: Path | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> int:
     """Asks a benchmark's questions and writes a report.
 
+    Example: evaluator run mmlu llama-2-7b-hf --task-data-path mmlu --output report.json
+
     Args:
         benchmark: mmlu.
-        model: Any folder that `ckpt-tools inspect` recognises.
-        task_data_path: Folder of the benchmark's files.
+        model: A Hugging Face folder, a Megatron checkpoint, or a training run (its latest checkpoint).
+        task_data_path: Folder with test/{subject}_test.csv and dev/{subject}_dev.csv.
         output: The report to write.
         protocol: letter: the likeliest of A to D. perplexity: the likeliest of the answers' texts.
         subjects: Which; all unless given.
-        num_few_shot: Examples before a question (letter).
-        prompt_template: general-instruction, or none (perplexity).
-        tokenizer_name_or_path: Hugging Face folder, where the model has no tokenizer.
-        batch_size: Rows at a time.
+        num_few_shot: Examples before a question (letter); 5 unless given.
+        prompt_template: What stands around each question: none, or general-instruction, as fine-tuning data has it.
         limit: The first questions of each subject only.
-        device: npu, cuda or cpu.
+        batch_size: Rows at a time; the results do not depend on it.
+        dtype: Type to compute in; the checkpoint's unless given.
+        device: Where to compute; the machine's accelerator unless given.
+        tokenizer_name_or_path: A tokenizer's folder; the model's own unless given.
         overwrite: Replace the report.
-        json: Print the result as JSON.
+        json: Print the result as JSON, without the questions.
     """
-    from evaluator.errors import EvaluationError
-
-    if output.exists() and not overwrite:
-        raise EvaluationError(f"{output} exists: give --overwrite to replace it, or choose another --output")
-    if not output.absolute().parent.is_dir():
-        raise EvaluationError(f"{output.parent} is no folder: the report cannot be written there")
+    from ckpt_tools import open_checkpoint
     from data_prep import Tokenizer
+
+    from evaluator.mmlu import read_questions, template_named
+
+    # What cannot work is refused before anything slow.
+    _check_output(output, overwrite)
+    with open_checkpoint(model):
+        pass
+    tokenizer = Tokenizer.find(model, tokenizer_name_or_path)
+    template_named(prompt_template)
+    read_questions(task_data_path, "test", subjects)
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+
     from llama_model import load_model
 
     from evaluator.evaluation import evaluate
 
-    network = load_model(model, device=device)
     report = evaluate(
-        network,
+        load_model(model, device=device, dtype=dtype),
         task_data_path,
         protocol=protocol,
-        tokenizer=Tokenizer.find(model, tokenizer_name_or_path),
+        tokenizer=tokenizer,
         subjects=subjects,
         num_few_shot=num_few_shot,
         prompt_template=prompt_template,
@@ -79,28 +87,14 @@ def run(
         name=str(model),
     )
     report.write(output)
-    facts = {"accuracy": report.accuracy, "questions": len(report.questions), "p_value": report.p_value}
-    print(jsonlib.dumps(facts) if json else report.table())
+    print(jsonlib.dumps(report.summary()) if json else report.table())
     return 0
 
 
-def show(*, reports: Reports, json: bool = False) -> int:
-    """Shows the accuracy that reports hold.
-
-    Args:
-        reports: Files that `run` wrote.
-        json: Print it as JSON.
-    """
+def _check_output(output: Path, overwrite: bool) -> None:
     from evaluator.errors import EvaluationError
 
-    rows = []
-    for path in reports:
-        try:
-            content = jsonlib.loads(path.read_text("utf-8"))
-            rows.append({"report": str(path), "protocol": content["protocol"], "accuracy": content["accuracy"]})
-        except (jsonlib.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{path} is no report: {error}") from None
-    print(
-        jsonlib.dumps(rows) if json else "\n".join(f"{r['report']}  {r['protocol']}  {r['accuracy']:.1%}" for r in rows)
-    )
-    return 0
+    if output.is_dir():
+        raise EvaluationError(f"{output} is a folder: give --output the name of a file")
+    if output.exists() and not overwrite:
+        raise EvaluationError(f"{output} exists: give --overwrite to replace it, or choose another --output")

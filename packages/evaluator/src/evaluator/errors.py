@@ -2,12 +2,12 @@
 
 
 class EvaluationError(Exception):
-    """The questions or the report's place are missing or broken: exit code 1."""
+    """The questions or the report's place are missing or broken, or the model cannot answer: exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(EvaluationError):
-    """What was asked does not exist: exit code 2."""
+    """What was asked does not exist or contradicts itself: exit code 2."""
 
     exit_code = 2
