@@ -1,8 +1,12 @@
 """The console script: what it prints, its exit codes, one line for each mistake."""
 
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +125,35 @@ def test_a_bad_flag_is_a_usage_error(tmp_path, arguments, words):
 def test_a_document_that_is_not_there_is_a_usage_error(prepared, capsys):
     assert "none of the 3" in said(capsys, "inspect", prepared, "--document", 3, code=2)
     assert "no such data set" in said(capsys, "inspect", "none", "--document", 0, code=1)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):
+    (tmp_path / "in.txt").write_text("the llama walks over the grassland\n" * 5000, "utf-8")
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    command = [SCRIPT, "run", "--input", "in.txt", "--tokenizer-name-or-path", str(folder), "--output-prefix", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert (done.returncode, done.stderr) == (1, "error: File too large\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interrupt_leaves_nothing(folder, tmp_path, workers):
+    (tmp_path / "in.txt").write_text("the llama walks over the grassland\n" * 400_000, "utf-8")
+    command = [SCRIPT, "run", "--input", "in.txt", "--tokenizer-name-or-path", str(folder), "--output-prefix", "out"]
+    with subprocess.Popen(
+        [*command, "--workers", workers], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as running:
+        part = tmp_path / ".out_text_document.bin.part"
+        while running.poll() is None and not (part.exists() and part.stat().st_size):
+            time.sleep(0.01)
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to all processes
+        assert running.communicate()[1] == "interrupted\n"
+    assert running.returncode == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
 def test_help_loads_no_reader_and_no_encoder():

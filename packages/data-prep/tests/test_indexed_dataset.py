@@ -113,6 +113,13 @@ def test_half_a_data_set_is_refused(tmp_path):
             IndexedDataset(tmp_path / name)
 
 
+def test_bytes_behind_the_last_id_are_left_alone(tmp_path):
+    write(tmp_path / "a", [block([[[1, 2]]])])
+    with (tmp_path / "a.bin").open("ab") as file:
+        file.write(b"xyz")
+    assert [row.tolist() for row in IndexedDataset(tmp_path / "a")] == [[1, 2]]
+
+
 def test_a_prefix_stands_for_its_keys(tmp_path):
     for name in ("a_text_document", "a_title_document", "b_packed_input_ids_document", "b_packed_labels_document"):
         write(tmp_path / name, [block([[[len(name)]]])])

@@ -4,6 +4,7 @@ r"""Megatron's indexed dataset: `P.bin` holds token ids one after another, `P.id
 index; int32 lengths; int64 byte offsets; int64 document index (begins with 0; each value counts the sequences so far).
 """
 
+import contextlib
 import fcntl
 import glob
 import hashlib
@@ -74,7 +75,8 @@ class IndexedDataset:
         size = data.stat().st_size
         if count and int(self._offsets[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize > size:
             raise DataError(f"{data} is truncated: its index goes beyond its {size} bytes")
-        self._ids = np.memmap(data, self.dtype, mode="r").view(np.ndarray) if size else np.empty(0, self.dtype)
+        ids = size // self.dtype.itemsize
+        self._ids = np.memmap(data, self.dtype, "r", shape=(ids,)).view(np.ndarray) if ids else np.empty(0, self.dtype)
 
     def __len__(self) -> int:
         return len(self.sequence_lengths)
@@ -82,6 +84,9 @@ class IndexedDataset:
     def __getitem__(self, number: int) -> np.ndarray:
         begin = int(self._offsets[number]) // self.dtype.itemsize
         return self._ids[begin : begin + int(self.sequence_lengths[number])]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[number] for number in range(len(self)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the files itself."""
@@ -221,7 +226,8 @@ class IndexedWriter:
 
     def _close(self) -> None:
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still buffered; it is not wanted any more
+                file.close()
 
 
 def _open_locked(part: Path) -> BinaryIO:

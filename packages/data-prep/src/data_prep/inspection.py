@@ -33,7 +33,7 @@ def _figures(prefix: Path) -> dict[str, Any]:
         "documents": len(data.document_indices) - 1,
         "sequences": len(data),
         "tokens": tokens,
-        "shortest": int(lengths.min(initial=np.iinfo(np.int32).max)) if len(lengths) else 0,
+        "shortest": int(lengths.min()) if len(lengths) else 0,
         "mean": tokens / len(data) if len(data) else 0.0,
         "longest": int(lengths.max(initial=0)),
         "manifest": asdict(manifest) if manifest else None,

@@ -10,7 +10,6 @@ from data_prep.handlers import IGNORED
 from data_prep.indexed_dataset import IndexedDataset, find_prefixes, sha256_of
 from data_prep.manifest import Manifest, read_manifest
 
-_BLOCK = 1 << 20
 _PACKED = "_packed_input_ids_document"
 
 
@@ -33,13 +32,14 @@ def _pair(prefix: Path) -> Iterator[str]:
     data, manifest = IndexedDataset(prefix), read_manifest(prefix)
     name = data.prefix.name
     lengths, size = data.sequence_lengths, Path(f"{data.prefix}.bin").stat().st_size
-    expected = np.cumsum(lengths, dtype=np.int64) * data.dtype.itemsize
+    sizes = lengths.astype(np.int64) * data.dtype.itemsize
+    total = int(sizes.sum())
     if (lengths < 0).any():
         yield f"{name}.idx: a sequence has a negative length"
-    if len(lengths) and not (data.offsets == expected - lengths * data.dtype.itemsize).all():
+    if not (data.offsets == np.cumsum(sizes) - sizes).all():
         yield f"{name}.idx: a sequence does not begin where the one before it ends"
-    if size != (int(expected[-1]) if len(expected) else 0):
-        yield f"{name}.bin: {size} bytes, but the index accounts for {int(expected[-1]) if len(expected) else 0}"
+    if size != total:
+        yield f"{name}.bin: {size} bytes, but the index accounts for {total}"
     documents = data.document_indices
     if not len(documents) or documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 0).any():
         yield f"{name}.idx: the document index does not go from 0 to the number of sequences"
@@ -56,12 +56,10 @@ def _against_manifest(data: IndexedDataset, manifest: Manifest) -> Iterator[str]
     for suffix, said in ((".bin", manifest.bin_sha256), (".idx", manifest.idx_sha256)):
         if sha256_of(Path(f"{data.prefix}{suffix}")) != said:
             yield f"{name}{suffix}: its bytes are not those that the manifest names (sha256)"
-    lowest = IGNORED if name.endswith("_packed_labels_document") else 0
-    ids = np.memmap(f"{data.prefix}.bin", data.dtype, mode="r") if tokens else np.empty(0, data.dtype)
-    for begin in range(0, len(ids), _BLOCK):
-        block = ids[begin : begin + _BLOCK]
-        if ((block < lowest) | (block >= manifest.vocab_size)).any() or ((block < 0) & (block != IGNORED)).any():
-            yield f"{name}.bin: an id after number {begin} is not in the vocabulary of {manifest.vocab_size}"
+    label = IGNORED if name.endswith("_packed_labels_document") else 0
+    for number, ids in enumerate(data):
+        if not (((ids >= 0) & (ids < manifest.vocab_size)) | (ids == label)).all():
+            yield f"{name}.bin: sequence {number} holds an id that is not in the vocabulary of {manifest.vocab_size}"
             return
 
 
