@@ -111,7 +111,8 @@ def _unboxed(text: str) -> str:
     """The words inside the parser's boxed message, without the box and its title."""
     words = re.findall(r"^│ (.*) │$", text, re.MULTILINE)
     words = words or text.splitlines()  # a stderr that is not UTF-8 gets no box
-    return "; ".join(line.strip() for line in words if line.strip("─ ")).replace("; For full", ". For full")
+    joined = "; ".join(line.strip(" .") for line in words if line.strip("─- "))
+    return joined.replace(":;", ":").replace("; For full", ". For full")
 
 
 def _describe(error: Exception) -> str:

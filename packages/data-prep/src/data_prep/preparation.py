@@ -1,5 +1,6 @@
 """Raw files to indexed datasets: read, handled, tokenized and written as a stream, in place only when whole."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -148,7 +149,8 @@ def _handled(
     pending: deque[tuple[int, Future[dict[str, Block]]]] = deque()
     try:
         for batch in batches:
-            pending.append((len(batch), pool.submit(_handle, batch)))
+            with _no_interrupt():
+                pending.append((len(batch), pool.submit(_handle, batch)))
             if len(pending) > 2 * workers:  # bounds the memory
                 number, blocks = pending.popleft()
                 yield number, blocks.result()
@@ -162,13 +164,25 @@ def _handled(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until the end, and never reaches a process started meanwhile: the parent stops the pool.
+
+    A worker could not ignore the signal itself early enough: it would die with a traceback while it still imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker_handler: Callable[[Sequence[Located]], dict[str, Block]]
 """Of a worker process: loaded once, when it starts."""
 
 
 def _start_worker(recipe: _Recipe) -> None:
     global _worker_handler
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and stops the pool
     _worker_handler = recipe.load()[1]
 
 
