@@ -118,25 +118,34 @@ def pythons(session: nox.Session) -> None:
     uv = nox.virtualenv.UV
     if not uv:
         session.skip("needs uv (pip install 'nox[uv]')")
-    env = {"UV_PYTHON_DOWNLOADS": "never"}
     for version in OTHER_PYTHONS:
-        found = session.run(uv, "python", "find", version, silent=True, external=True, env=env, success_codes=[0, 2])
-        if not found or not Path(found.strip()).exists():
+        interpreter = _interpreter(session, uv, version)
+        if not interpreter:
             session.warn(f"no Python {version} on this machine: not checked")
             continue
         for package in PACKAGES:
-            _check_on(session, uv, env, version, package)
+            _check_on(session, uv, interpreter, version, package)
 
 
-def _check_on(session: nox.Session, uv: str, env: dict[str, str], version: str, package: str) -> None:
+def _interpreter(session: nox.Session, uv: str, version: str) -> str:
+    """The path of a Python `version`, or an empty text: uv's search, then pyenv's versions that no shim leads to."""
+    env = {"UV_PYTHON_DOWNLOADS": "never"}
+    found = session.run(uv, "python", "find", version, silent=True, external=True, env=env, success_codes=[0, 2])
+    if found and Path(found.strip()).exists():
+        return found.strip()
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    return max(map(str, pyenv.glob(f"versions/{version}.*/bin/python")), default="")
+
+
+def _check_on(session: nox.Session, uv: str, interpreter: str, version: str, package: str) -> None:
     home = Path(session.cache_dir) / f"python-{version}" / package
-    session.run(uv, "venv", "--quiet", "--clear", "--python", version, str(home), external=True, env=env)
+    session.run(uv, "venv", "--quiet", "--clear", "--python", interpreter, str(home), external=True)
     override = Path(session.cache_dir) / "without-torch.txt"
     override.write_text("torch; python_version < '0'\nmegatron-core; python_version < '0'\n", "utf-8")
     without = () if "--with-torch" in session.posargs else ("--override", str(override))
     python = str(home / "bin/python")
     install = (uv, "pip", "install", "--quiet", "--python", python, *CONSTRAINTS, *without)
-    session.run(*install, *folders(package), external=True, env=env)
+    session.run(*install, *folders(package), external=True)
     session.run(python, "tests/bare.py", package, external=True)
 
 
