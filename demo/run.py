@@ -3,7 +3,7 @@
     python demo/run.py [--quick]
 
 Everything is written under build/demo; build/demo/summary.json has the figures of the table that it ends with.
-`--quick` trains a few steps only: it shows that the road is passable, not that the model learns.
+`--quick` trains a few steps only, under build/demo-quick: it shows that the road is passable, not that the model learns.
 
 Exit code 3 where a figure is not what the demo promises.
 """
@@ -24,7 +24,8 @@ import numpy as np
 from data_prep import IndexedDataset, templates
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = Path("build/demo")
+QUICK = sys.argv[1:] == ["--quick"]
+OUT = Path("build/demo-quick" if QUICK else "build/demo")
 DATA = OUT / "data"
 QUESTION = "What country is the city Lima in?"
 PERPLEXITY = ("--protocol", "perplexity", "--prompt-template", "general-instruction")
@@ -69,9 +70,9 @@ def prepare(demo: Demo) -> None:
     demo.run("data-prep", "run", "--input", DATA / "instructions.parquet", *facts)
 
 
-def train(demo: Demo, quick: bool) -> None:
+def train(demo: Demo) -> None:
     """HF weights to Megatron's layout at TP 2, pretraining and fine-tuning on two processes, curves, back to HF."""
-    few = ("--train-iters", "6", "--lr-warmup-iters", "1", "--eval-iters", "1") if quick else ()
+    few = ("--train-iters", "6", "--lr-warmup-iters", "1", "--eval-iters", "1") if QUICK else ()
     split = (ROOT / DATA / "split.txt").read_text("utf-8").strip()
     layout = ("--to", "megatron-core", "--tensor-model-parallel-size", "2")
     demo.run("ckpt-tools", "convert", OUT / "hf-random", OUT / "megatron-tp2", *layout)
@@ -182,17 +183,16 @@ def table(summary: dict[str, Any], answer: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The road from its beginning: an older build/demo is removed."""
-    if arguments not in ([], ["--quick"]):
+    """The road from its beginning: what an older one wrote is removed."""
+    if arguments and not QUICK:
         print("usage: python demo/run.py [--quick]", file=sys.stderr)
         return 2
-    quick = arguments == ["--quick"]
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     demo = Demo()
     prepare(demo)
     before = evaluate(demo, OUT / "hf-random", OUT / "before.json", *PERPLEXITY)
-    train(demo, quick)
+    train(demo)
     said = generate(demo)
     after = evaluate(demo, OUT / "hf", OUT / "after.json", *PERPLEXITY)
     letters = evaluate(demo, OUT / "hf", OUT / "after-letters.json", "--protocol", "letter")
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str]) -> int:
     summary |= {"prompt": said["prompt"], "answer_tokens": said["outputs"][0]["tokens"]}
     (ROOT / OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     print("\n" + table(summary, said["outputs"][0]["text"].strip()))
-    failed = [] if quick else failures(summary)
+    failed = [] if QUICK else failures(summary)
     for promise in failed:
         print(f"error: not so: {promise}", file=sys.stderr)
     return 3 if failed else 0

@@ -3,7 +3,7 @@
 from ckpt_tools import LlamaConfig
 
 
-def model_flops_per_token(config: LlamaConfig, seq_length: int) -> float:
+def model_flops_per_token(config: LlamaConfig, seq_length: int) -> int:
     """FLOPs of one token's forward and backward pass in a sequence of `seq_length` tokens, as trained.
 
     Matrix products only, a multiply-add counting as two, the backward pass as twice the forward:
@@ -27,4 +27,4 @@ def model_flops_per_token(config: LlamaConfig, seq_length: int) -> float:
     layer = qkv_and_proj + 3 * hidden * config.ffn_hidden_size
     matrices = config.num_layers * layer + hidden * config.vocab_size
     attention = config.num_layers * 2 * seq_length * heads * d
-    return 3.0 * (2 * matrices + attention)
+    return 3 * (2 * matrices + attention)

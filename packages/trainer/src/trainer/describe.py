@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from ckpt_tools import open_checkpoint, sharding
+from llama_model import flops
 
 from trainer.config import TrainConfig
 
@@ -33,4 +34,5 @@ def describe(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "num_microbatches": config.num_microbatches(world_size),
         "tokens_per_step": config.global_batch_size * config.seq_length,
         "tokens_in_all": config.global_batch_size * config.seq_length * config.train_iters,
+        "model_flops_per_token": flops.model_flops_per_token(model, config.seq_length),
     }
