@@ -3,7 +3,7 @@
     python demo/run.py [--quick]
 
 Everything is written under build/demo; build/demo/summary.json has the figures of the table that it ends with.
-`--quick` trains a few steps only, under build/demo-quick: it shows that the road is passable, not that the model learns.
+`--quick` trains a few steps only, under build/demo-quick: the road is passable, it says, not that the model learns.
 
 Exit code 3 where a figure is not what the demo promises.
 """
