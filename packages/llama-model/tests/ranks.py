@@ -40,6 +40,11 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Ranks end by themselves where they can, and so end what megatron-core started in them."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(GRACE_S)
         self._kill()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -124,7 +129,7 @@ def _serve(rank: int, size: int, home: str, pipe: Connection) -> None:
         try:
             function, arguments = pipe.recv()
         except (EOFError, OSError):
-            os._exit(0)
+            return
         try:
             answer = ("result", function(*arguments))
         except BaseException:

@@ -55,6 +55,7 @@ def initialize(
     parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
+    distributed.barrier()  # no rank may take its groups down while another still connects to them
     return device
 
 
@@ -76,6 +77,9 @@ def destroy() -> None:
     global _made_here
     from megatron.core import parallel_state
 
+    # megatron-core forgets most of its groups without closing their sockets. None in its list is the whole world.
+    for group in set(parallel_state._global_process_group_list or ()) - {None}:
+        distributed.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     if _made_here and distributed.is_initialized():
         distributed.destroy_process_group()

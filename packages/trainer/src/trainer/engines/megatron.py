@@ -95,7 +95,10 @@ class MegatronEngine:
 
         metadata = {"singleton_local_shards": False}
         state = parallel.sharded_state_dict(self._model.module, metadata)
-        dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+        try:
+            dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+        finally:
+            _end_manager()
 
     def _run(self, batches: Iterable[Batch], *, forward_only: bool) -> tuple[float, int]:
         """Summed loss and labelled tokens of the global batch, after megatron-core's schedule has run it."""
@@ -173,3 +176,12 @@ def _schedule(config: TrainConfig, optimizer: Any) -> Any:
         wd_incr_steps=config.train_iters * samples,
         wd_incr_style="constant",
     )
+
+
+def _end_manager() -> None:
+    """Ends the process that megatron-core starts for a save: it would outlive a rank that is killed later."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    queue, filesystem_async._results_queue = filesystem_async._results_queue, None
+    if queue is not None:
+        queue._manager.shutdown()
