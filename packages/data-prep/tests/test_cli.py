@@ -140,20 +140,42 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_interrupt_leaves_nothing(folder, tmp_path, workers):
-    (tmp_path / "in.txt").write_text("the llama walks over the grassland\n" * 400_000, "utf-8")
+def stopped(folder, home, workers, stop):
+    """The exit code and stderr of a run that `stop` met at work, once all its processes have left stderr."""
+    (home / "in.txt").write_text("the llama walks over the grassland\n" * 400_000, "utf-8")
     command = [SCRIPT, "run", "--input", "in.txt", "--tokenizer-name-or-path", str(folder), "--output-prefix", "out"]
     with subprocess.Popen(
-        [*command, "--workers", workers], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "--workers", workers], cwd=home, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as running:
-        part = tmp_path / ".out_text_document.bin.part"
+        part = home / ".out_text_document.bin.part"
         while running.poll() is None and not (part.exists() and part.stat().st_size):
             time.sleep(0.01)
-        os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to all processes
-        assert running.communicate()[1] == "interrupted\n"
-    assert running.returncode == 130
+        stop(running.pid)
+        try:
+            err = running.communicate(timeout=30)[1]
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            raise
+    return running.returncode, err
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(
+    ("stop", "code", "words"),
+    [
+        (lambda run: os.killpg(run, signal.SIGINT), 130, "interrupted\n"),  # as a terminal does: to all processes
+        (lambda run: os.kill(run, signal.SIGTERM), 143, ""),
+        (lambda run: [os.kill(run, signal.SIGTERM), os.killpg(run, signal.SIGTERM)], 143, ""),  # as `timeout` does
+    ],
+    ids=["SIGINT", "SIGTERM", "timeout"],
+)
+def test_a_run_that_is_stopped_leaves_nothing(folder, tmp_path, workers, stop, code, words):
+    assert stopped(folder, tmp_path, workers, stop) == (code, words)
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_a_killed_run_leaves_no_worker(folder, tmp_path):
+    assert stopped(folder, tmp_path, "2", lambda run: os.kill(run, signal.SIGKILL))[0] == -signal.SIGKILL
 
 
 def test_help_loads_no_reader_and_no_encoder():

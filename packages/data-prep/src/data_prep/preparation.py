@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -149,7 +150,7 @@ def _handled(
     pending: deque[tuple[int, Future[dict[str, Block]]]] = deque()
     try:
         for batch in batches:
-            with _no_interrupt():
+            with _no_signals():
                 pending.append((len(batch), pool.submit(_handle, batch)))
             if len(pending) > 2 * workers:  # bounds the memory
                 number, blocks = pending.popleft()
@@ -165,12 +166,13 @@ def _handled(
 
 
 @contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C waits until the end, and never reaches a process started meanwhile: the parent stops the pool.
+def _no_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end, and do not reach a process started meanwhile: the parent stops the pool.
 
-    A worker could not ignore the signal itself early enough: it would die with a traceback while it still imports.
+    A worker could not ignore Ctrl-C itself early enough: it would die with a traceback while it still imports. And a
+    parent that is stopped between a worker's start and the pool's note of it would wait for that worker for ever.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -183,7 +185,17 @@ _worker_handler: Callable[[Sequence[Located]], dict[str, Block]]
 
 def _start_worker(recipe: _Recipe) -> None:
     global _worker_handler
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the pool's means to end the rest when one has died
     _worker_handler = recipe.load()[1]
+
+
+def _end_with_parent() -> None:
+    """A killed parent stops no pool: its workers would wait for the next batch for ever, and hold its stderr open."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _handle(batch: list[Located]) -> dict[str, Block]:
