@@ -4,6 +4,7 @@ import json
 
 import pytest
 from trainer import checkpoints, metrics, open_run, report
+from trainer.cli import main
 from trainer.engines import StepResult
 from trainer.errors import ConfigError, TrainerError
 from trainer.run import Run
@@ -74,14 +75,40 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
 
 def test_output_that_exists_needs_overwrite_and_must_be_a_run(run, tmp_path):
     with pytest.raises(ConfigError, match="--overwrite"):
-        checkpoints.check_output(run, overwrite=False)
-    checkpoints.check_output(run, overwrite=True)
+        checkpoints.check_output(run, overwrite=False, reads=())
+    checkpoints.check_output(run, overwrite=True, reads=())
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work", "utf-8")
     with pytest.raises(ConfigError, match="is no training run"):
-        checkpoints.check_output(Run(tmp_path / "thesis"), overwrite=True)
+        checkpoints.check_output(Run(tmp_path / "thesis"), overwrite=True, reads=())
     with pytest.raises(ConfigError, match="is a file"):
-        checkpoints.check_output(Run(tmp_path / "thesis" / "chapter.tex"), overwrite=True)
+        checkpoints.check_output(Run(tmp_path / "thesis" / "chapter.tex"), overwrite=True, reads=())
+
+
+def test_the_run_that_is_replaced_waits_for_the_first_checkpoint(run, tmp_path):
+    aside = tmp_path / "run.replaced"
+    for _ in range(2):  # the second time over a run that ended before its first checkpoint
+        checkpoints.create(run)
+        assert not run.metrics_file.exists()
+        assert len(Run(aside).metrics()) == 5
+    commit(run, 10, lambda folder: None)
+    checkpoints.create(run)  # over one that ended before it could forget
+    assert Run(aside).tracker.exists()
+    checkpoints.forget_replaced(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_link_to_a_run_stays_a_link(run, tmp_path):
+    (tmp_path / "link").symlink_to("run")
+    checkpoints.create(Run(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert run.checkpoints.is_dir()
+    assert (tmp_path / "run.replaced").is_dir()
+
+
+def test_a_report_of_nothing_is_refused(capsys):
+    assert main(["report"]) == 2
+    assert "at least one run" in capsys.readouterr().err
 
 
 def commit(run, iteration, write):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import reference
 import torch
 from ckpt_tools import open_checkpoint
+from data_prep import prepare
 from llama_model import parallel
 from trainer import TrainConfig, open_run
 from trainer.config import read_yaml
@@ -166,6 +168,8 @@ REFUSED = {
     "samples longer than the positions": (["--seq-length", "257"], 2, "256 positions"),
     "data that is not there": (["--data-path", "nowhere"], 2, "no such data set"),
     "weights that are not there": (["--load-weights", "nowhere"], 1, "nowhere"),
+    "no text for validation": (["--split", "999,1,0"], 2, "no text for validation of the 200 documents"),
+    "no text for training": (["--split", "1,999,0"], 2, "no text for training of the 200 documents"),
     "a batch that does not divide": (["--global-batch-size", "7", "--micro-batch-size", "2"], 2, "no multiple"),
 }  # fmt: skip
 
@@ -199,6 +203,36 @@ def test_a_run_is_not_replaced_unasked(workspace, runs):
     where = ("--data-path", workspace / "text", "--load-weights", workspace / "hf", "--output-dir", runs["one"].path)
     assert "--overwrite" in trainer("pretrain", *where, *OPTIONS, code=2).stderr
     assert len(runs["one"].metrics()) == STEPS
+
+
+def test_a_run_never_replaces_what_it_reads(workspace, runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs["one"].path, run)
+    for weights_from, data in ((run, workspace / "text"), (workspace / "hf", run / "text")):
+        where = ("--data-path", data, "--load-weights", weights_from, "--output-dir", run, "--overwrite")
+        if data.parent == run:
+            prepare([workspace / "text.jsonl"], data, tokenizer=workspace / "hf", append_eod=True)
+        said = trainer("pretrain", *where, *OPTIONS, code=2).stderr
+        assert said.count("\n") == 1
+        assert "which the run would replace" in said
+    assert len(open_run(run).metrics()) == STEPS
+
+
+def test_a_small_corpus_trains_with_the_default_split_or_says_why_not(workspace, tmp_path):
+    lines = (workspace / "text.jsonl").read_text("utf-8").splitlines()[:20]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    prepare([tmp_path / "few.jsonl"], tmp_path / "few", tokenizer=workspace / "hf", append_eod=True)
+    where = ("--data-path", tmp_path / "few", "--load-weights", workspace / "hf", "--output-dir", tmp_path / "run")
+    options = [*OPTIONS, "--train-iters", "1", "--split", "949,50,1"]  # 19, 1 and 0 documents
+    trainer("pretrain", *where, *options, "--lr-warmup-iters", "0")
+    assert "valid_loss" in open_run(tmp_path / "run").metrics()[-1]
+
+
+def test_steps_without_a_loss_are_no_training(workspace, tmp_path):
+    where = ("--data-path", workspace / "tune", "--load-weights", workspace / "hf", "--output-dir", tmp_path / "run")
+    said = trainer("finetune", *where, *OPTIONS, "--seq-length", "8", code=1).stderr
+    assert "step 1 has no token with a loss" in said
+    assert "--seq-length 8" in said
 
 
 def test_describe_counts_what_the_model_holds(workspace):

@@ -11,8 +11,8 @@ from trainer.run import Run
 BARRIER = Callable[[], None]
 
 
-def check_output(run: Run, overwrite: bool) -> None:
-    """Refuses a target that exists, and one that is no run's folder whatever `overwrite` says.
+def check_output(run: Run, overwrite: bool, reads: Sequence[Path]) -> None:
+    """Refuses a target that exists, and, whatever `overwrite` says, one that is no run or holds what the run `reads`.
 
     Raises:
         ConfigError: Naming the folder and the way out.
@@ -27,15 +27,30 @@ def check_output(run: Run, overwrite: bool) -> None:
         raise ConfigError(f"{run.path} exists and is no training run: choose another --output-dir")
     if not overwrite:
         raise ConfigError(f"{run.path} holds a run: give --overwrite to replace it, or choose another --output-dir")
+    for path in reads:
+        if path.resolve().is_relative_to(run.path.resolve()):
+            raise ConfigError(f"{path} lies in {run.path}, which the run would replace: choose another --output-dir")
+
+
+def replaced(run: Run) -> Path:
+    """Where the run that this one replaces waits until this one has a checkpoint."""
+    home = run.path.resolve()
+    return home.with_name(f"{home.name}.replaced")
 
 
 def create(run: Run) -> None:
-    """An empty run folder. What `check_output` allowed to be replaced is moved aside first, then deleted."""
-    if run.path.exists():
-        aside = run.path.with_name(f".{run.path.name}.replaced-{os.getpid()}")
-        run.path.rename(aside)
-        shutil.rmtree(aside)
-    run.checkpoints.mkdir(parents=True)
+    """An empty run folder. What `check_output` allowed to be replaced is moved aside; see `forget_replaced`."""
+    home, aside = Run(run.path.resolve()), replaced(run)  # a link stays a link
+    if aside.exists() and home.path.exists():  # a run that replaced another ended early, or is ours to replace too
+        shutil.rmtree(aside if home.tracker.exists() else home.path)
+    if home.path.exists() and any(home.path.iterdir()):
+        home.path.rename(aside)
+    home.checkpoints.mkdir(parents=True)
+
+
+def forget_replaced(run: Run) -> None:
+    """Deletes the run that this one replaced: to be called once this one has a checkpoint."""
+    shutil.rmtree(replaced(run), ignore_errors=True)
 
 
 def commit(

@@ -50,7 +50,7 @@ def pretrain(*, options: Options, config: Path | None = None, json: bool = False
 
     Args:
         options: The run's options.
-        config: YAML file of options; flags go before it.
+        config: YAML file of options; a flag wins over it.
         json: Print the result as JSON.
     """
     return _run_job(options, "pretrain", json)
@@ -61,7 +61,7 @@ def finetune(*, options: Options, config: Path | None = None, json: bool = False
 
     Args:
         options: The run's options.
-        config: YAML file of options; flags go before it.
+        config: YAML file of options; a flag wins over it.
         json: Print the result as JSON.
     """
     return _run_job(options, "finetune", json)
@@ -91,7 +91,7 @@ def _check_before_start(options: TrainConfig, kind: str) -> None:
     options.num_microbatches(options.nproc_per_node)
     with open_checkpoint(options.load_weights):
         pass
-    checkpoints.check_output(Run(options.output_dir), options.overwrite)
+    checkpoints.check_output(Run(options.output_dir), options.overwrite, (options.load_weights, options.data_path))
 
 
 def describe(*, options: Options, config: Path | None = None, json: bool = False) -> int:
@@ -99,7 +99,7 @@ def describe(*, options: Options, config: Path | None = None, json: bool = False
 
     Args:
         options: The run's options.
-        config: YAML file of options; flags go before it.
+        config: YAML file of options; a flag wins over it.
         json: Print it as JSON.
     """
     from trainer.describe import describe as figures_of
@@ -124,6 +124,8 @@ def report(*, runs: Runs, json: bool = False) -> int:
     from trainer import report as reports
     from trainer.run import open_run
 
+    if not runs:
+        raise ConfigError("name at least one run's folder")
     opened = [open_run(path) for path in runs]
     rows = [reports.summary(run) for run in opened]
     for run, row in zip(opened, rows, strict=True):

@@ -88,7 +88,7 @@ class TrainConfig:
     save_interval: int = 0
     """Steps between two checkpoints; 0 saves at the end only."""
     overwrite: bool = False
-    """Replace the run in `output_dir`."""
+    """Replace the run in `output_dir`: it waits in `output_dir`.replaced until the new one has its first checkpoint."""
 
     def __post_init__(self) -> None:
         _check_positive(self)

@@ -19,7 +19,7 @@ from trainer.config import TrainConfig
 from trainer.errors import ConfigError, TrainerError
 
 IGNORED = -100
-"""The label of a position that carries no loss (FORMATS of the field: PyTorch's and Hugging Face's ignore index)."""
+"""The label of a position that carries no loss: PyTorch's and Hugging Face's ignore index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +112,11 @@ def pretraining_samples(
 
     The index cache goes to `cache`, in the run's folder: the data may be read-only. Needs an initialised process group,
     whose rank 0 builds the cache for the others.
-
-    Raises:
-        TrainerError: The training share of the data holds less than one sample.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    num_train = config.train_iters * config.global_batch_size
-    evaluations = config.train_iters // config.eval_interval + 1 if config.eval_interval else 1
-    num_valid = evaluations * config.eval_iters * config.global_batch_size
+    num_train, num_valid = config.train_iters * config.global_batch_size, _num_valid(config)
     options = GPTDatasetConfig(
         random_seed=config.seed,
         sequence_length=config.seq_length,
@@ -134,17 +129,18 @@ def pretraining_samples(
         eod_mask_loss=False,
         create_attention_mask=False,
     )
+    train_share, valid_share, _ = options.split_matrix
+    options.split_matrix = [train_share, valid_share if num_valid else None, None]  # nothing reads the test share
     with _quiet():
         builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_train, num_valid, 0], lambda: True, options)
         train, valid, _ = builder.build()
-    if train is None or len(train) < num_train:
-        raise TrainerError(
-            f"{config.data_path}: the training share of --split {config.split} holds less than one sample of "
-            f"{config.seq_length} tokens"
-        )
-    if not num_valid or valid is None or not len(valid):
-        return PretrainingSamples(train), None
-    return PretrainingSamples(train), PretrainingSamples(valid)
+    return PretrainingSamples(train), None if valid is None else PretrainingSamples(valid)
+
+
+def _num_valid(config: TrainConfig) -> int:
+    """Validation samples of the whole run."""
+    evaluations = config.train_iters // config.eval_interval + 1 if config.eval_interval else 1
+    return evaluations * config.eval_iters * config.global_batch_size
 
 
 @contextlib.contextmanager
@@ -230,11 +226,32 @@ def data_files(config: TrainConfig, kind: str) -> list[Path]:
     return prefixes
 
 
+def check_split(config: TrainConfig) -> None:
+    """Refuses a share of a text data set without a token, over which megatron-core would count epochs for ever.
+
+    Raises:
+        ConfigError: Training, or validation where it is asked for, would read such a share.
+    """
+    prefix = _pretraining_prefix(config.data_path)
+    lengths = IndexedDataset(prefix).sequence_lengths
+    shares = np.array(config.split.split(","), float)
+    borders = [round(border * len(lengths)) for border in np.cumsum([0, *shares / shares.sum()])]  # as megatron-core
+    ways_out = {"training": "", "validation": ", or 0 and no validation"}
+    for number, (kind, way_out) in enumerate(ways_out.items()):
+        if number == 1 and not (_num_valid(config) and shares[number]):
+            continue
+        if not lengths[borders[number] : borders[number + 1]].any():
+            raise ConfigError(
+                f"--split {config.split} leaves no text for {kind} of the {len(lengths)} documents of {prefix}: "
+                f"give it a larger share{way_out}"
+            )
+
+
 def check_vocabulary(prefix: Path, vocab_size: int, vocab_sha256: str | None) -> str | None:
     """Refuses a data set whose vocabulary differs from the model's; where one side names none, the warning to show.
 
     Raises:
-        ConfigError: The fingerprints differ (FORMATS of data-prep's README), naming both.
+        ConfigError: The fingerprints (`vocab_sha256` of data-prep's manifest) differ; both are named.
     """
     manifest = read_manifest(prefix)
     if manifest is None:

@@ -16,7 +16,15 @@ from tqdm import tqdm
 
 from trainer import checkpoints, metrics
 from trainer.config import TrainConfig, write_yaml
-from trainer.data import InstructionSamples, Loader, Samples, check_vocabulary, data_files, pretraining_samples
+from trainer.data import (
+    InstructionSamples,
+    Loader,
+    Samples,
+    check_split,
+    check_vocabulary,
+    data_files,
+    pretraining_samples,
+)
 from trainer.engines import Engine
 from trainer.engines.megatron import MegatronEngine, params_dtype
 from trainer.errors import ConfigError, TrainerError
@@ -40,6 +48,8 @@ def train(config: TrainConfig, kind: Kind = "pretrain") -> Run:
     run = Run(config.output_dir)
     with open_checkpoint(config.load_weights) as checkpoint:
         prefixes = data_files(config, kind)
+        if kind == "pretrain":
+            check_split(config)
         notes = _check_model(config, checkpoint, prefixes)
         on = parallel.initialize(
             tensor_model_parallel_size=config.tensor_model_parallel_size, device=device(), seed=config.seed
@@ -82,7 +92,7 @@ class _Job:
         self._first = torch.distributed.get_rank() == 0
         self._world = torch.distributed.get_world_size()
         dp_size = config.data_parallel_size(self._world)
-        checkpoints.check_output(run, config.overwrite)
+        checkpoints.check_output(run, config.overwrite, (config.load_weights, config.data_path))
         self._barrier()  # every rank has looked before the first one writes
         if self._first:
             checkpoints.create(run)
@@ -117,9 +127,9 @@ class _Job:
                 if step % config.log_interval == 0 or step in (1, config.train_iters):
                     spent = time.perf_counter() - started
                     eta = spent / step * (config.train_iters - step)
-                    self._say(metrics.console_line(line, config.train_iters, eta), bar)
+                    self._say(metrics.console_line(line, config.train_iters, eta))
                 if "valid_loss" in line:
-                    self._say(f"step {step} | validation loss {line['valid_loss']:.4f}", bar)
+                    self._say(f"step {step} | validation loss {line['valid_loss']:.4f}")
                 if self._is_due(step, config.save_interval):
                     self._save(step)
         return self._run
@@ -136,6 +146,11 @@ class _Job:
             raise TrainerError(
                 f"the loss of step {step} is {result.loss} (samples {(step - 1) * size} to {step * size - 1}): "
                 f"lower --lr {self._config.lr} or look at the data; earlier checkpoints are as they were"
+            )
+        if not result.loss_tokens:
+            raise TrainerError(
+                f"step {step} has no token with a loss (samples {(step - 1) * size} to {step * size - 1}): do the "
+                f"answers lie behind --seq-length {self._config.seq_length}?"
             )
         line = metrics.record(step, step * size, result, rates)
         memory = self._device.max_memory_bytes()
@@ -155,6 +170,8 @@ class _Job:
         folder = checkpoints.commit(
             self._run, step, self._engine.save, self._describe, is_first_rank=self._first, barrier=self._barrier
         )
+        if self._first:
+            checkpoints.forget_replaced(self._run)
         self._say(f"step {step} | checkpoint {folder}")
 
     def _describe(self, folder: Path) -> None:
@@ -199,9 +216,9 @@ class _Job:
         off = True if not self._first else None  # None: off where stderr is no terminal
         return tqdm(total=self._config.train_iters, unit="step", disable=off, dynamic_ncols=True, file=sys.stderr)
 
-    def _say(self, text: str, bar: "tqdm[None] | None" = None) -> None:
+    def _say(self, text: str) -> None:
         if self._first:
-            (bar.write(text, file=sys.stderr) if bar is not None else print(text, file=sys.stderr, flush=True))
+            tqdm.write(text, file=sys.stderr)  # above the progress bar, where there is one
 
     def _barrier(self) -> None:
         torch.distributed.barrier()
