@@ -35,7 +35,7 @@ def test_a_report_and_a_table(command, tmp_path, capsys):
     options = ["--protocol", "perplexity", "--subjects", "animals", "--dtype", "bfloat16", "--overwrite", "--json"]
     summary = json.loads(said(capsys, [*command, *options]))
     report = json.loads((tmp_path / "new/report.json").read_text("utf-8"))
-    assert summary == {name: value for name, value in report.items() if name not in ("questions", "subjects")}
+    assert summary == {name: value for name, value in report.items() if name != "questions"}
     assert (report["protocol"], report["model"]["dtype"], list(report["subjects"])) == (
         "perplexity",
         "bfloat16",
@@ -63,6 +63,14 @@ def test_mistakes_are_one_line(command, tmp_path, capsys, change, code, words):
         command[at] = word.format(tmp_path=tmp_path) if isinstance(word, str) else word
     assert words in said(capsys, [*command[:-1], *command[-1]], code)
     assert not (tmp_path / "new/report.json").exists()
+
+
+def test_overwriting_replaces_reports_only(command, tmp_path, capsys):
+    for text in ("question,A,B,C,D,A\n", "[]", '{"accuracy": 1}'):
+        (tmp_path / "mine").write_text(text, "utf-8")
+        asked = [*command[:6], tmp_path / "mine", *command[7:], "--overwrite"]
+        assert "is no evaluation report" in said(capsys, asked, 1)
+        assert (tmp_path / "mine").read_text("utf-8") == text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`llama-model generate` as a user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,26 +10,31 @@ import pytest
 import sentencepiece
 import torch
 from data_prep import Tokenizer, templates
+from llama_model import ModelError, load_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SCRIPT = str(Path(sys.executable).parent / "llama-model")
 PROMPTS = ["the llama walks", "dry grass"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model with its tokenizer."""
-    home = tmp_path_factory.mktemp("model")
+def train_tokenizer(home, text="the llama walks over high grassland and eats dry grass", vocab_size=300):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the llama walks over high grassland and eats dry grass"] * 50),
+        sentence_iterator=iter([text] * 50),
         model_prefix=str(home / "tokenizer"),
-        vocab_size=300,
+        vocab_size=vocab_size,
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
         minloglevel=2,
     )
     (home / "tokenizer.vocab").unlink()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with its tokenizer."""
+    home = tmp_path_factory.mktemp("model")
+    train_tokenizer(home)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=Tokenizer(home).vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -83,6 +89,7 @@ MISTAKES = {
     "beams": (("--prompt", "x", "--decoding", "beam"), 2, "beam"),
     "too long": (("--prompt", "x", "--max-new-tokens", "500"), 2, "320 positions"),
     "temperature": (("--prompt", "x", "--decoding", "sample", "--temperature", "0"), 2, "temperature"),
+    "seed": (("--prompt", "x", "--decoding", "sample", "--seed", str(2**63)), 2, "seed"),
     "device": (("--prompt", "x", "--device", "npu"), 2, "npu"),
     "tokenizer": (("--prompt", "x", "--tokenizer-name-or-path", "nowhere"), 1, "nowhere"),
 }
@@ -92,6 +99,16 @@ MISTAKES = {
 def test_a_mistake_is_one_line(folder, tmp_path, case):
     arguments, code, words = MISTAKES[case]
     assert_one_line(run("generate", folder, *arguments, cwd=tmp_path), code, words)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    assert load_tokenizer(folder, tmp_path).vocab_sha256 == load_tokenizer(folder).vocab_sha256
+    train_tokenizer(tmp_path, "a condor flies")  # with fewer pieces
+    with pytest.raises(ModelError, match="another vocabulary"):
+        load_tokenizer(folder, tmp_path)
+    train_tokenizer(tmp_path, "the llama walks over high grassland while a condor flies home", vocab_size=310)
+    assert_one_line(run("generate", folder, "--prompt", "x", "--tokenizer-name-or-path", tmp_path), 1, "pieces")
 
 
 def test_no_model_is_one_line(tmp_path):

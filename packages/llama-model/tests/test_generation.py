@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from llama_model import RequestError, generate, load_model
+from llama_model import ModelError, RequestError, generate, load_model
 
 PROMPTS = [[1, 5, 7], [3], [9, 8, 7, 6, 5, 4, 3, 2, 11, 12], [50, 60]]
 NEW = 24
@@ -138,3 +138,10 @@ def test_bfloat16_generates(gqa):
 def test_what_cannot_be_is_refused_before_the_first_step(model, prompts, options, words):
     with pytest.raises(RequestError, match=words):
         generate(model, prompts, **{"max_new_tokens": 2, **options})
+
+
+def test_logits_that_are_no_numbers_are_an_error(gqa):
+    broken = load_model(gqa.folder)
+    broken.output_layer.weight[3] = float("nan")
+    with pytest.raises(ModelError, match="no numbers"):
+        list(generate(broken, [[1, 2]], max_new_tokens=2))

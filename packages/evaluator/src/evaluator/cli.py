@@ -53,19 +53,16 @@ def run(
         dtype: Type to compute in; the checkpoint's unless given.
         device: Where to compute; the machine's accelerator unless given.
         tokenizer_name_or_path: A tokenizer's folder; the model's own unless given.
-        overwrite: Replace the report.
+        overwrite: Replace the report that is there; any other file stays.
         json: Print the result as JSON, without the questions.
     """
-    from ckpt_tools import open_checkpoint
-    from data_prep import Tokenizer
+    from llama_model import load_tokenizer
 
     from evaluator.mmlu import read_questions, template_named
 
     # What cannot work is refused before anything slow.
     _check_output(output, overwrite)
-    with open_checkpoint(model):
-        pass
-    tokenizer = Tokenizer.find(model, tokenizer_name_or_path)
+    tokenizer = load_tokenizer(model, tokenizer_name_or_path)
     template_named(prompt_template)
     read_questions(task_data_path, "test", subjects)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -93,8 +90,11 @@ def run(
 
 def _check_output(output: Path, overwrite: bool) -> None:
     from evaluator.errors import EvaluationError
+    from evaluator.reports import is_report
 
     if output.is_dir():
         raise EvaluationError(f"{output} is a folder: give --output the name of a file")
     if output.exists() and not overwrite:
         raise EvaluationError(f"{output} exists: give --overwrite to replace it, or choose another --output")
+    if output.exists() and not is_report(output):
+        raise EvaluationError(f"{output} is no evaluation report: choose another --output")

@@ -63,7 +63,7 @@ class Report:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The report without its questions and subjects."""
+        """The report without its questions."""
         return {
             "format_version": FORMAT_VERSION,
             "benchmark": self.benchmark,
@@ -74,6 +74,7 @@ class Report:
             "num_correct": self.num_correct,
             "chance": 1 / NUM_OPTIONS,
             "p_value": self.p_value,
+            "subjects": self.subjects,
             "model": self.model,
             "settings": self.settings,
             "versions": self.versions,
@@ -81,7 +82,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as it is written."""
-        return {**self.summary(), "subjects": self.subjects, "questions": self.questions}
+        return {**self.summary(), "questions": self.questions}
 
     def write(self, path: Path) -> None:
         """Writes the file; it appears whole, over what is there."""
@@ -110,6 +111,15 @@ class Report:
         ]
         worth = f"standard error {self.standard_error:.1%}; by guessing (25 %) p = {self.p_value:.2g}"
         return "\n".join([*lines, f"{self.benchmark}, {self.protocol}: {worth}"])
+
+
+def is_report(path: Path) -> bool:
+    """Whether the file is one that `Report.write` wrote, of any version."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"format_version", "benchmark", "questions"} <= content.keys()
 
 
 def _is_correct(question: dict[str, Any]) -> bool:

@@ -3,9 +3,9 @@
     model = load_model("llama-2-7b-hf")
     for step in generate(model, [[1, 15043]], max_new_tokens=32): ...
 
-Public names: `LlamaModel` (the network), `load_model` and `load_weights` (from disk), `generate` (an iterator of
-tokens) and its `Step`, `KeyValueCache`, the modules `flops` and `parallel` (megatron-core's tensor parallelism). They
-are imported on first use, so that `import llama_model` costs nothing.
+Public names: `LlamaModel` (the network), `load_model`, `load_weights` and `load_tokenizer` (from disk), `generate` (an
+iterator of tokens) and its `Step`, `KeyValueCache`, the modules `flops` and `parallel` (megatron-core's tensor
+parallelism). They are imported on first use, so that `import llama_model` costs nothing.
 """
 
 from importlib import import_module
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llama_model.generation import Step, generate
     from llama_model.loading import load_model, load_weights
     from llama_model.model import LlamaModel
+    from llama_model.tokenizer import load_tokenizer
 
 _HOME = {
     "KeyValueCache": "cache",
@@ -27,6 +28,7 @@ _HOME = {
     "Step": "generation",
     "generate": "generation",
     "load_model": "loading",
+    "load_tokenizer": "tokenizer",
     "load_weights": "loading",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "flops",
     "generate",
     "load_model",
+    "load_tokenizer",
     "load_weights",
     "parallel",
 ]

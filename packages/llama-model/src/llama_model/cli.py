@@ -52,18 +52,16 @@ def generate(
         tokenizer_name_or_path: A tokenizer's folder; the model's own unless given.
         json: Print the result as JSON.
     """
-    from ckpt_tools import open_checkpoint
-    from data_prep import Tokenizer, templates
+    from data_prep import templates
 
     from llama_model.errors import RequestError
+    from llama_model.tokenizer import load_tokenizer
 
     if not prompt or not decoding:
         raise RequestError("nothing to do: give --prompt TEXT, once or several times, and at least one --decoding")
-    with open_checkpoint(model):
-        pass  # what is no checkpoint is refused before anything slow
+    tokenizer = load_tokenizer(model, tokenizer_name_or_path)  # what is no checkpoint is refused before anything slow
     from llama_model.loading import load_model
 
-    tokenizer = Tokenizer.find(model, tokenizer_name_or_path)
     texts = prompt if prompt_template == "none" else [templates.get(prompt_template).prompt(text) for text in prompt]
     network = load_model(model, device=device, dtype=dtype)
     options = {"max_new_tokens": max_new_tokens}

@@ -3,6 +3,7 @@
 b prompts still running, s tokens of the longest prompt, v vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llama_model.errors import RequestError
+from llama_model.errors import ModelError, RequestError
 from llama_model.model import LlamaModel
 
 Decoding = Literal["greedy", "sample"]
@@ -81,6 +82,7 @@ def generate(
     Raises:
         RequestError: At once, not at the first step: an empty prompt, ids outside the vocabulary, more tokens than the
             model has positions, or a setting out of its range.
+        ModelError: At a step whose logits are no numbers.
     """
     rule = None
     if decoding == "sample":
@@ -88,6 +90,8 @@ def generate(
     elif decoding != "greedy":
         raise RequestError(f"no decoding is called {decoding!r}: choose from greedy, sample")
     _check(model, prompts, max_new_tokens)
+    if seed is not None and not 0 <= seed < 2**63 - len(prompts):
+        raise RequestError(f"seed {seed}: it must be 0 or more, and below 2**63 - {len(prompts)}")
     return _steps(model, prompts, rule, max_new_tokens, eos_token_id, seed)
 
 
@@ -134,6 +138,8 @@ def _steps(
         tokens = logits.argmax(-1) if rule is None else _draw(logits, rule, [generators[row] for row in rows])
         logprobs = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]  # [b]
         step = Step(tuple(rows), tuple(tokens.tolist()), tuple(logprobs.tolist()))
+        if not all(map(math.isfinite, step.logprobs)):
+            raise ModelError("the logits are no numbers: the weights hold NaN or overflow their type (try float32)")
         yield step
         running = [at for at, token in enumerate(step.tokens) if token != eos_token_id]
         if not running or not left:
