@@ -2,13 +2,24 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
-from ckpt_tools import CheckpointError, UsageError, convert, open_checkpoint, verify
+from ckpt_tools import (
+    CheckpointError,
+    UsageError,
+    convert,
+    open_checkpoint,
+    reshard,
+    sharding,
+    verify,
+    write_checkpoint,
+)
 from ckpt_tools.storage import atomic
 from models import hf_state, small, write_hf
 
@@ -35,22 +46,61 @@ def test_a_target_that_exists_is_left_alone(model, other, tmp_path):
 def test_overwriting_leaves_the_new_alone(model, other, tmp_path, monkeypatch, exchange):
     if not exchange:
         monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
-    (other / "stale.safetensors").touch()
+    (other / "model-00001-of-00002.safetensors").touch()
     convert(model, other, to="megatron-core", overwrite=True)
     assert verify(model, other) == []
-    assert not (other / "stale.safetensors").exists()
+    assert not (other / "model-00001-of-00002.safetensors").exists()
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("form", ["hf", "megatron-core"])
+@pytest.mark.parametrize(
+    "stranger",
+    ["notes.txt", "pytorch_model.bin", "iter_0000001/distrib_optim.pt", "iter_0000002", "checkpoints", ".metadata"],
+)
+def test_a_checkpoint_with_anything_else_in_it_is_not_overwritten(model, tmp_path, form, stranger):
+    target = tmp_path / "target"
+    convert(model, target, to=form)
+    (target / stranger).mkdir(parents=True)  # a folder loses as much as a file
+    with pytest.raises(CheckpointError, match=f"target holds {re.escape(stranger)}, which ckpt-tools does not"):
+        convert(model, target, to="hf", overwrite=True)
+    assert (target / stranger).exists()
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("inner", [".", "checkpoints"])
+def test_a_training_run_is_not_overwritten(model, tmp_path, inner):
+    run = tmp_path / "run"
+    convert(model, run / "checkpoints", to="megatron-core")
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/iter_0000001/common.pt"):
+        (run / name).touch()
+    reshard(run, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="which ckpt-tools does not write"):
+        reshard(tmp_path / "out", run / inner, overwrite=True)
+    assert verify(model, run) == []
+
+
 def test_only_a_checkpoint_is_overwritten(model, tmp_path):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/cat.jpg").touch()
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        convert(model, tmp_path / "photos", to="hf", overwrite=True)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.model").touch()
+    (tmp_path / "file").touch()
+    for name in ("tokenizer", "file"):
+        with pytest.raises(CheckpointError, match="is no checkpoint"):
+            convert(model, tmp_path / name, to="hf", overwrite=True)
     for target in (model, tmp_path):
         with pytest.raises(UsageError, match="holds the source"):
             convert(model, target, to="hf", overwrite=True)
-    assert (tmp_path / "photos/cat.jpg").exists()
+    assert (tmp_path / "tokenizer/tokenizer.model").exists()
+
+
+def test_files_that_were_given_may_be_replaced(tmp_path):
+    config = small()
+    arrays = {name: np.ones(rule.shape, np.float32) for name, rule in sharding(config).items()}
+    (tmp_path / "LICENSE").touch()
+    for _ in range(2):
+        write_checkpoint(tmp_path / "out", config, arrays, "hf", files=[tmp_path / "LICENSE"], overwrite=True)
+    with pytest.raises(CheckpointError, match="holds LICENSE"):
+        write_checkpoint(tmp_path / "out", config, arrays, "hf", overwrite=True)
 
 
 def test_a_failure_leaves_nothing(model, tmp_path, monkeypatch):

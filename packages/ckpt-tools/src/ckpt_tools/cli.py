@@ -49,7 +49,7 @@ def convert(
         make_vocab_size_divisible_by: Pad the vocabulary to a multiple of this times the tensor-parallel size.
         dtype: Cast every tensor; without it each stays as it is.
         config: A Hugging Face folder that states the architecture, for sources that do not.
-        overwrite: Replace the target, if it is a checkpoint.
+        overwrite: Replace the target, if nothing lies in it but a checkpoint that ckpt-tools can have written.
         json: Print the result as JSON.
     """
     from ckpt_tools.conversion import convert as run
@@ -93,7 +93,7 @@ def reshard(
         pipeline_model_parallel_size: Pipeline stages to split over.
         make_vocab_size_divisible_by: Pad the vocabulary to a multiple of this times the tensor-parallel size.
         config: A Hugging Face folder that states the architecture, for sources that do not.
-        overwrite: Replace the target, if it is a checkpoint.
+        overwrite: Replace the target, if nothing lies in it but a checkpoint that ckpt-tools can have written.
         json: Print the result as JSON.
     """
     from ckpt_tools.conversion import reshard as run

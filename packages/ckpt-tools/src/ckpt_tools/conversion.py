@@ -7,11 +7,11 @@ from tqdm import tqdm
 
 from ckpt_tools.checkpoint import Checkpoint
 from ckpt_tools.config import LlamaConfig
-from ckpt_tools.errors import CheckpointError, UsageError
+from ckpt_tools.errors import UsageError
 from ckpt_tools.formats import hf
 from ckpt_tools.formats.companions import generation_config
 from ckpt_tools.layout import Layout
-from ckpt_tools.opening import looks_like_checkpoint, open_checkpoint
+from ckpt_tools.opening import open_checkpoint
 from ckpt_tools.writing import PLANS, Summary, write_checkpoint
 
 
@@ -39,7 +39,7 @@ def convert(
         make_vocab_size_divisible_by: Pads the vocabulary to a multiple of this times the tensor-parallel size.
         dtype: "float32", "float16" or "bfloat16" to cast; default: tensors stay as they are.
         config: A Hugging Face folder that states the architecture, for sources that do not.
-        overwrite: Replace the target, if it is a checkpoint.
+        overwrite: Replace the target, if nothing lies in it but a checkpoint that ckpt-tools can have written.
         progress: Show a bar on stderr, if that is a terminal.
 
     Raises:
@@ -53,7 +53,7 @@ def convert(
     )
     known = LlamaConfig.from_hf(config) if config else None
     with open_checkpoint(source, known) as checkpoint:
-        _check_target(checkpoint, Path(target), overwrite)
+        _refuse_the_source(checkpoint, Path(target))
         files = (*checkpoint.tokenizer_files, *generation_config(checkpoint.path))
         hidden = not (progress and sys.stderr.isatty())
         with tqdm(unit="B", unit_scale=True, disable=hidden, desc=to, leave=False) as bar:
@@ -99,10 +99,7 @@ def reshard(
     )
 
 
-def _check_target(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
-    """Refuses to replace the source itself, and anything that is no checkpoint."""
+def _refuse_the_source(checkpoint: Checkpoint, target: Path) -> None:
     place, source = target.resolve(), checkpoint.path.resolve()
     if place == source or place in source.parents:
         raise UsageError(f"{target} holds the source: choose another target")
-    if overwrite and place.exists() and not looks_like_checkpoint(place):
-        raise CheckpointError(f"{target} exists and is no checkpoint: --overwrite does not replace it")

@@ -63,9 +63,8 @@ def resolve(path: Path) -> Path:
 
 def looks_like_checkpoint(path: Path) -> bool:
     """Whether the folder has the outward signs of a checkpoint, whole or broken, or is empty."""
-    signs = (path / TRACKER, path / "checkpoints" / TRACKER)
     empty = path.is_dir() and not any(path.iterdir())
-    return empty or any(sign.is_file() for sign in signs) or any(known(path) for known, _ in READERS)
+    return empty or (path / TRACKER).is_file() or any(known(path) for known, _ in READERS)
 
 
 def _tracked(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """`write_checkpoint`: a model's tensors, from wherever they can be read, into a new folder of any written format."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from ckpt_tools.config import LlamaConfig
 from ckpt_tools.dtypes import ITEM_SIZE, WEIGHT_DTYPES, DType
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.formats import hf, megatron
-from ckpt_tools.formats.companions import CONFIG
+from ckpt_tools.formats.companions import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from ckpt_tools.layout import Layout, OutputFile, Plan, Planned, TensorWriter
+from ckpt_tools.opening import looks_like_checkpoint
 from ckpt_tools.shard_rules import EMBEDDING, Range, View, sharding
 from ckpt_tools.storage.atomic import new_folder
 from ckpt_tools.storage.files import BLOCK_BYTES, Array, Buffer, cast
@@ -23,6 +25,10 @@ from ckpt_tools.storage.output import Slot, encode_json, write_file
 
 PLANS: Mapping[str, Plan] = {hf.FORMAT: hf.plan, megatron.FORMAT: megatron.plan}
 """The formats that are written."""
+
+_COMPANIONS = map(re.escape, (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES))
+WRITTEN = re.compile("|".join((hf.WRITTEN, megatron.WRITTEN, *_COMPANIONS)))
+"""Every path, relative to the target's folder, that a conversion writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +87,11 @@ def write_checkpoint(
         layout: How to split the model over ranks; default: not at all.
         dtype: "float32", "float16" or "bfloat16" to cast every tensor; default: each stays as it is.
         files: Copied beside the weights under their own names: the tokenizer's.
-        overwrite: Replace what is there.
+        overwrite: Replace what is there, if nothing lies in it but a checkpoint like those that are written here.
         progress: A bar that is told of bytes.
 
     Raises:
-        CheckpointError: A tensor is missing or broken, values do not fit `dtype`, or the target exists.
+        CheckpointError: A tensor is missing or broken, values do not fit `dtype`, or the target is not to be replaced.
         UsageError: No such format or type, or the model does not divide into the layout.
     """
     started = time.monotonic()
@@ -93,6 +99,8 @@ def write_checkpoint(
         raise UsageError(f"{format!r} is no format that is written: choose from {', '.join(PLANS)}")
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise UsageError(f"{dtype!r} is no type of weights: choose from {', '.join(WEIGHT_DTYPES)}")
+    if overwrite:
+        _check_replaceable(Path(path).resolve(), files)
     source = tensors if isinstance(tensors, Checkpoint) else _Arrays(tensors, config)
     dtypes = {name: dtype or source.tensor_dtype(name).name for name in sharding(config)}
     planned = PLANS[format](config, layout or Layout(), dtypes)
@@ -105,6 +113,24 @@ def write_checkpoint(
             _write_batch(folder, batch, copier, dtypes)
         _write_companions(folder, {**planned.texts, CONFIG: encode_json(config.to_hf(dtypes[EMBEDDING]))}, files)
     return Summary(Path(path), format, len(sizes), sum(sizes), time.monotonic() - started)
+
+
+def _check_replaceable(target: Path, files: Sequence[Path]) -> None:
+    """Refuses to delete what a conversion cannot have written: notes, other weights, a training run.
+
+    Raises:
+        CheckpointError: Naming what is in the way.
+    """
+    copied = {file.name for file in files}
+    inside = (path.relative_to(target).as_posix() for path in target.rglob("*"))
+    stranger = next((name for name in inside if name not in copied and not WRITTEN.fullmatch(name)), None)
+    if stranger is not None:
+        raise CheckpointError(
+            f"{target} holds {stranger}, which ckpt-tools does not write: --overwrite would delete it; "
+            "move it away, or choose another target"
+        )
+    if target.exists() and not looks_like_checkpoint(target):
+        raise CheckpointError(f"{target} exists and is no checkpoint: --overwrite does not replace it")
 
 
 def _parts(planned: Planned) -> Iterator[tuple[str, View]]:

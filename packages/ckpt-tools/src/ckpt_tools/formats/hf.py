@@ -36,6 +36,9 @@ SINGLE_BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_FILES = (SINGLE_SAFETENSORS, SAFETENSORS_INDEX, SINGLE_BIN, BIN_INDEX)
 """What a folder's weights are looked for in, in the order in which transformers does."""
 
+WRITTEN = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+"""The paths that `plan` gives to weights."""
+
 MAX_SHARD_BYTES = 5_000_000_000
 """Of a written safetensors file; a tensor above it gets a file of its own."""
 

@@ -30,6 +30,9 @@ from ckpt_tools.storage.unpickle import Record, attributes
 
 FORMAT = "megatron-core"
 FILE = "model_optim_rng.pt"
+WRITTEN = rf"{TRACKER}|iter_0000001(/mp_rank_\d+(_\d+)?(/{FILE})?)?"
+"""The paths that `plan` gives to the tracker and to weights, and their folders."""
+
 RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
