@@ -130,6 +130,25 @@ def test_a_full_disk_names_the_file(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_nothing(model, tmp_path, number, code):
+    halting = (
+        "import sys, time\n"
+        "from ckpt_tools.cli import main\n"
+        "from ckpt_tools.storage.output import OutputStream\n"
+        "OutputStream.finish = lambda self: (print(flush=True), time.sleep(60))\n"
+        "sys.exit(main())\n"
+    )
+    command = [sys.executable, "-c", halting, "convert", str(model), str(tmp_path / "out"), "--to", "hf"]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer.stdout.readline()
+    assert len(leftovers(tmp_path)) == 1
+    writer.send_signal(number)
+    _, said = writer.communicate(timeout=30)
+    assert (writer.returncode, "Traceback" in said) == (code, False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
 def test_a_replacement_cut_short_is_recovered(model, tmp_path):
     model.rename(tmp_path / ".hf.replaced")
     with open_checkpoint(model) as checkpoint:

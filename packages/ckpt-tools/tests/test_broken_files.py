@@ -165,6 +165,22 @@ def test_ranks_that_are_missing_or_strange(megatron):
     assert "3 ranks" in message(open_checkpoint, megatron)
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"rotary_base": 10**400}, "rotary_base is inf"),
+        ({"norm_epsilon": "1e-5"}, "layernorm_epsilon is '1e-5'"),
+        ({"eos_token_id": 37}, "eos_token_id is 37"),
+    ],
+)
+def test_args_that_are_impossible(megatron, args, said):
+    file = rank_file(megatron / "iter_0000001", 0, 0, 2)
+    tree = torch.load(file, weights_only=False)
+    vars(tree["args"]).update(args)
+    torch.save(tree, file)
+    assert f"iter_0000001: its args are impossible: {said}" in message(open_checkpoint, megatron)
+
+
 def test_trackers_that_lead_nowhere(megatron):
     tracker = megatron / "latest_checkpointed_iteration.txt"
     tracker.write_text("20")
@@ -227,6 +243,8 @@ def test_contradictions_name_both_values(model, megatron, tmp_path):
         ({"pipeline_model_parallel_size": 3}, "2 layers do not divide among 3"),
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size is 0"),
         ({"make_vocab_size_divisible_by": -1}, "make_vocab_size_divisible_by is -1"),
+        ({"make_vocab_size_divisible_by": 129}, "37 vocabulary entries would be padded to 129"),
+        ({"make_vocab_size_divisible_by": 10**11}, "would be padded to 100000000000"),
     ],
 )
 def test_layouts_that_do_not_divide(model, tmp_path, layout, said):

@@ -1,6 +1,7 @@
 """The architecture, and its spelling in config.json."""
 
 import json
+import math
 
 import pytest
 from ckpt_tools import CheckpointError, LlamaConfig, sharding
@@ -65,12 +66,45 @@ def test_what_we_write_is_what_transformers_understands(tmp_path):
         ({"hidden_size": "16"}, "hidden_size"),
         ({"num_hidden_layers": 0}, "num_layers is 0"),
         ({"num_attention_heads": 0}, "config.json"),
+        ({"num_hidden_layers": 100_000_000}, "num_layers is 100000000: it must be 16384 at most"),
+        ({"max_position_embeddings": 10**18}, "max_position_embeddings is 10+: it must be 16777216 at most"),
+        ({"rms_norm_eps": math.inf}, "layernorm_epsilon is inf: it must be finite"),
+        ({"rms_norm_eps": None}, "layernorm_epsilon is None: it must be a number"),
+        ({"rope_theta": math.inf}, "rotary_base is inf"),
+        ({"rope_theta": 10**400}, "rotary_base is inf"),
+        ({"rope_theta": "10000"}, "rotary_base is '10000': it must be a number"),
+        ({"initializer_range": math.nan}, "init_method_std is nan"),
+        ({"initializer_range": True}, "init_method_std is True"),
+        ({"rope_scaling": "linear"}, "rope_scaling to 'linear': it must be an object"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"bos_token_id": -1}, "bos_token_id is -1"),
+        ({"bos_token_id": 37}, r"bos_token_id is 37: it must be null, or .* \(0 to 36\)"),
+        ({"eos_token_id": math.inf}, "eos_token_id is inf"),
+        ({"eos_token_id": "2"}, "eos_token_id is '2'"),
+        ({"eos_token_id": []}, "eos_token_id"),
     ],
 )  # fmt: skip
 def test_other_architectures_are_refused(tmp_path, change, said):
     with pytest.raises(CheckpointError, match=said) as caught:
         LlamaConfig.from_hf(write(tmp_path, small().to_hf("float16") | change))
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "kept"),
+    [
+        ({"pad_token_id": -1}, {}),
+        ({"pad_token_id": None, "eos_token_id": [7, 36]}, {"eos_token_id": 7}),
+        ({"bos_token_id": None, "eos_token_id": 0}, {"bos_token_id": None, "eos_token_id": 0}),
+        ({"rope_theta": 500_000, "rms_norm_eps": 1}, {"rotary_base": 5e5, "layernorm_epsilon": 1.0}),
+        ({"rope_scaling": None, "rope_parameters": {}}, {}),
+        ({"max_position_embeddings": 10_485_760}, {"max_position_embeddings": 10_485_760}),
+    ],
+)
+def test_what_real_files_state_is_kept(tmp_path, stated, kept):
+    config = LlamaConfig.from_hf(write(tmp_path, small().to_hf("float16") | stated))
+    assert config == small(**kept)
+    assert type(config.rotary_base) is type(config.layernorm_epsilon) is float
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -89,6 +123,8 @@ def test_impossible_values_are_refused():
         small(layernorm_epsilon=0.0)
     with pytest.raises(ValueError, match="kv_channels is 3"):
         small(kv_channels=3)
+    with pytest.raises(ValueError, match="eos_token_id is 37"):
+        small(eos_token_id=37)
 
 
 def test_padding_follows_megatrons_rule():

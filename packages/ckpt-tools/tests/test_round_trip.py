@@ -27,7 +27,7 @@ def layouts(draw):
         num_attention_heads=heads,
         num_query_groups=groups,
         kv_channels=draw(st.sampled_from([2, 4])),
-        vocab_size=draw(st.integers(1, 70)),
+        vocab_size=draw(st.integers(3, 70)),
     )
     return config, tp, pp, draw(st.sampled_from([1, 3, 8, 64]))
 

@@ -81,6 +81,13 @@ def test_verify_finds_what_is_wrong(prepared, capsys):
     assert "not in the vocabulary" in said(capsys, "verify", prepared, code=3)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_verify_says_what_is_cut(prepared, capsys, suffix):
+    file = Path(f"{prepared}_packed_input_ids_document{suffix}")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "truncated" in said(capsys, "verify", prepared, code=3)
+
+
 def test_verify_checks_the_index(prepared, capsys):
     file = Path(f"{prepared}_packed_input_ids_document.idx")
     content = bytearray(file.read_bytes())

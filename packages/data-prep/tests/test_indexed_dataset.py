@@ -96,6 +96,7 @@ def test_other_integer_types_and_modes_are_read(tmp_path, code, dtype):
         (index_bytes([[[1]]], code=6), "dtype code 6"),
         (index_bytes([[[1]]])[:-1], "truncated"),
         (index_bytes([[[1, 2]]]), "truncated"),  # of its .bin
+        (index_bytes([[[1]]])[:-8] + (7).to_bytes(8, "little"), "does not go from 0 to its 1 sequences"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, content, words):

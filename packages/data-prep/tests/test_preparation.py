@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,28 @@ def test_what_is_there_is_replaced_only_when_asked(folder, corpus, tmp_path):
     assert verify(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"inputs": []}, "--input names no file"),
+        ({"output_prefix": ""}, "end it with a name"),
+        ({"output_prefix": "out/"}, "end it with a name"),
+        ({"json_keys": ("a/b",)}, "may hold no slash"),
+    ],
+)
+def test_what_names_no_data_set_is_a_usage_error(folder, corpus, tmp_path, monkeypatch, change, words):
+    monkeypatch.chdir(tmp_path)
+    asked = {"inputs": [corpus], "output_prefix": "out", "tokenizer": folder} | change
+    with pytest.raises(UsageError, match=words):
+        prepare(asked.pop("inputs"), asked.pop("output_prefix"), **asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_a_prefix_under_a_file_is_named(folder, corpus):
+    with pytest.raises(DataError, match="is a file"):
+        prepare([corpus], corpus / "out", tokenizer=folder)
+
+
 def _killed_at(step, arguments, options):
     """Overwrites a data set, and dies as by kill -9 when `step` files have been moved."""
     moved = 0
@@ -132,11 +155,22 @@ def _die(recipe):
     os._exit(9)
 
 
-def test_a_worker_that_dies_is_one_error(folder, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.preparation._start_worker", _die)
+def _die_unless_first(recipe):
+    try:
+        Path("first").touch(exist_ok=False)
+    except FileExistsError:
+        os._exit(9)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("start", [_die, _die_unless_first])
+def test_a_worker_that_dies_is_one_error_and_ends_the_others(folder, corpus, tmp_path, monkeypatch, start):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data_prep.preparation._BATCH_RECORDS", 1)
+    monkeypatch.setattr("data_prep.preparation._start_worker", start)
     with pytest.raises(DataError, match="a worker process died"):
         prepare([corpus], tmp_path / "out", tokenizer=folder, workers=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"corpus.jsonl", "first"}
 
 
 def test_no_worker_is_a_usage_error(folder, corpus, tmp_path):

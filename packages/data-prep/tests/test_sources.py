@@ -74,7 +74,7 @@ def test_a_folder_stands_for_its_most_frequent_kind(tmp_path):
     [
         ("a.jsonl", b'{"text": "a"}\n{oops\n', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n\n["a"]\n', r"line 3 holds a list, not an object"),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2 is not UTF-8"),
         ("a.jsonl", b"<!DOCTYPE html>\n<html>\n", r"line 1 is not JSON"),
         ("a.json", b'[{"a": 1},\n{"a": 2}\n{"a": 3}]', r"a\.json, line 3 is not JSON: '\{' where '\]'"),
         ("a.json", b'[{"a": 1},\n{"a": }]', r"line 2 is not JSON"),
@@ -83,6 +83,7 @@ def test_a_folder_stands_for_its_most_frequent_kind(tmp_path):
         ("a.json", b'[{"a": 1}]\n[]', r"line 2 is not JSON: something follows"),
         ("a.json", b"[\n1]", r"line 2 holds a int|line 1 holds a int"),
         ("a.csv", b'text\n"a\n', r"a\.csv, line 2 is not CSV"),
+        ("a.csv", b"text,n,text\na,1,b\n", r"names the column 'text' twice"),
         ("a.csv", b"text,n\na\n", r"line 2 has 1 cells, the header 2"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", r"a\.parquet is no parquet file"),
     ],

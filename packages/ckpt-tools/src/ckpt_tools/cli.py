@@ -4,6 +4,8 @@ Nothing heavier than the parser is imported before a verb runs.
 """
 
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +16,7 @@ from ckpt_tools import commandline
 if TYPE_CHECKING:
     from ckpt_tools.writing import Summary
 
-CHECK_FAILED = 3
+CHECK_FAILED, TERMINATED = 3, 128 + signal.SIGTERM
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
@@ -166,6 +168,8 @@ def verify(
 
 def main() -> int:
     """The exit code of the `ckpt-tools` command."""
+    # as an exception, so that what is half written is deleted on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     return commandline.run(
         "ckpt-tools",
         "Converts, reshards, inspects and compares LLaMA-2 checkpoints.",

@@ -1,5 +1,6 @@
 """The architecture of a LLaMA-2 model, and its spelling in Hugging Face's config.json."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +15,8 @@ class LlamaConfig:
     """The architecture: untied head, rotate-half rotary embedding, RMSNorm, SwiGLU, grouped-query attention, no biases.
 
     Raises:
-        ValueError: A size is not positive, or query heads do not divide among the groups.
+        ValueError: A size is not positive or above its limit, a number not finite, a token not of the vocabulary, or
+            query heads do not divide among the groups.
     """
 
     num_layers: int
@@ -46,12 +48,14 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         for name in (*SIZES, "max_position_embeddings"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}: it must be a positive whole number")
-        for name in ("rotary_base", "layernorm_epsilon"):
-            if not getattr(self, name) > 0:
+            _check_size(name, getattr(self, name))
+        for name in (*CONSTANTS, "init_method_std"):
+            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+        for name in CONSTANTS:
+            if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be positive")
+        for name in ("bos_token_id", "eos_token_id"):
+            _check_token(name, getattr(self, name), self.vocab_size)
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"{self.num_attention_heads} attention heads do not divide among {self.num_query_groups} query groups"
@@ -86,12 +90,12 @@ class LlamaConfig:
         known["num_query_groups"] = stated.get("num_key_value_heads") or heads
         try:
             known["kv_channels"] = stated.get("head_dim") or known["hidden_size"] // heads
-            known["rotary_base"] = float(_rope(stated).get("rope_theta", 10000.0))
+            known["rotary_base"] = _rope(stated, where).get("rope_theta", 10000.0)
             known["max_position_embeddings"] = stated.get("max_position_embeddings", 2048)
-            known["layernorm_epsilon"] = float(stated.get("rms_norm_eps", 1e-6))  # the defaults here are transformers'
-            known["init_method_std"] = float(stated.get("initializer_range", 0.02))
-            known["bos_token_id"] = _token_id(stated.get("bos_token_id", 1))
-            known["eos_token_id"] = _token_id(stated.get("eos_token_id", 2))
+            known["layernorm_epsilon"] = stated.get("rms_norm_eps", 1e-6)  # the defaults here are transformers'
+            known["init_method_std"] = stated.get("initializer_range", 0.02)
+            known["bos_token_id"] = _first_token(stated.get("bos_token_id", 1))
+            known["eos_token_id"] = _first_token(stated.get("eos_token_id", 2))
             return cls(**known)
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(f"{where}: {error}") from None
@@ -154,6 +158,9 @@ SIZES = (
 CONSTANTS = ("rotary_base", "layernorm_epsilon")
 """The fields that no tensor shows, but that every logit depends on."""
 
+LIMITS = {"num_layers": 2**14, "max_position_embeddings": 2**24}
+"""More than any real model has, less than what takes all time and memory before a tensor is seen to be missing."""
+
 FIELDS = tuple(field.name for field in fields(LlamaConfig))
 
 _HF_NAMES = {
@@ -178,19 +185,47 @@ def _refuse_other_architectures(stated: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(f"{where} sets hidden_act to {stated['hidden_act']!r}: LLaMA-2 has silu")
     if stated.get("quantization_config"):
         raise CheckpointError(f"{where} states quantized weights (quantization_config): only float weights are read")
-    rope = _rope(stated)
+    rope = _rope(stated, where)
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"{where} scales the rotary embedding ({scaling!r}): LLaMA-2 does not")
 
 
-def _rope(stated: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The rotary embedding's settings: transformers 5 nests them in `rope_parameters`, 4 has two keys for them."""
-    flat = {"rope_theta": stated["rope_theta"]} if stated.get("rope_theta") is not None else {}
-    return {**flat, **(stated.get("rope_scaling") or {}), **(stated.get("rope_parameters") or {})}
+    settings = {"rope_theta": stated["rope_theta"]} if stated.get("rope_theta") is not None else {}
+    for key in ("rope_scaling", "rope_parameters"):
+        nested = stated.get(key) or {}
+        if not isinstance(nested, Mapping):
+            raise CheckpointError(f"{where} sets {key} to {nested!r}: it must be an object or null")
+        settings.update(nested)
+    return settings
 
 
-def _token_id(stated: Any) -> int | None:
+def _first_token(stated: Any) -> Any:
     """A token's id; where several are named (chat models stop at any of them), the first."""
-    first = stated[0] if isinstance(stated, list) and stated else stated
-    return None if first is None else int(first)
+    return stated[0] if isinstance(stated, list) and stated else stated
+
+
+def _check_size(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}: it must be a positive whole number")
+    if value > LIMITS.get(name, value):
+        raise ValueError(f"{name} is {value}: it must be {LIMITS[name]} at most")
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}: it must be a number")
+    try:
+        number = float(value)
+    except OverflowError:  # JSON's whole numbers have no end
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}: it must be finite")
+    return number
+
+
+def _check_token(name: str, value: Any, vocab_size: int) -> None:
+    if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
+        raise ValueError(f"{name} is {value!r}: it must be null, or a token of the vocabulary (0 to {vocab_size - 1})")

@@ -156,3 +156,5 @@ def check_handler(name: str, json_keys: Sequence[str]) -> None:
         raise UsageError(f"{name} reads columns of its own: --json-keys is GeneralPretrainHandler's")
     if not json_keys or len(set(json_keys)) < len(json_keys):
         raise UsageError("--json-keys names no column, or one twice")
+    if odd := [key for key in json_keys if "/" in key]:
+        raise UsageError(f"--json-keys {odd[0]}: it becomes part of a file's name, and may hold no slash")

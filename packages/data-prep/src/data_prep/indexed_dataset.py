@@ -72,6 +72,8 @@ class IndexedDataset:
         self.sequence_lengths = raw[bounds[0] : bounds[1]].view(np.int32)
         self._offsets = raw[bounds[1] : bounds[2]].view(np.int64)
         self.document_indices = raw[bounds[2] : bounds[3]].view(np.int64)
+        if not documents or self.document_indices[0] != 0 or self.document_indices[-1] != count:
+            raise DataError(f"{index} is broken: its document index does not go from 0 to its {count} sequences")
         size = data.stat().st_size
         if count and int(self._offsets[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize > size:
             raise DataError(f"{data} is truncated: its index goes beyond its {size} bytes")

@@ -60,6 +60,8 @@ def document(prefix: str | Path, number: int, tokenizer: Tokenizer | None) -> di
         check_tokenizer(data.prefix, tokenizer)
     labels = _labels_beside(data)
     begin, end = data.document_indices[number : number + 2].tolist()
+    if not 0 <= begin <= end <= len(data):
+        raise DataError(f"{data.prefix}.idx is broken: document {number} is sequences {begin} to {end} of {len(data)}")
     sequences = [_spans(data[at], data[at] if labels is None else labels[at], tokenizer) for at in range(begin, end)]
     return {"document": number, "prefix": str(data.prefix), "sequences": sequences}
 

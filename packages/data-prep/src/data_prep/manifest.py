@@ -57,7 +57,9 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     try:
         content: dict[str, Any] = json.loads(file.read_text("utf-8"))
         if content["format_version"] > FORMAT_VERSION:
-            raise DataError(f"{file} has format version {content['format_version']}: this data-prep reads 1")
+            raise DataError(
+                f"{file} has format version {content['format_version']}: this data-prep reads {FORMAT_VERSION}"
+            )
         known = {field.name for field in fields(Manifest)}
         return Manifest(**{name: value for name, value in content.items() if name in known})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import metadata
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 
 from tqdm import tqdm
@@ -61,11 +62,15 @@ def prepare(
     Raises:
         DataError: An input, a record or the tokenizer is broken, nothing was found, or the target exists; no file is
             left under the prefix.
-        UsageError: There is no such handler, or it takes no such option.
+        UsageError: There is no such handler, or it takes no such option; no input, or no name for the output.
     """
     check_handler(handler_name, json_keys)
     if workers < 1:
         raise UsageError(f"--workers {workers}: at least one process has to work")
+    if not inputs:
+        raise UsageError("--input names no file and no folder")
+    if not str(output_prefix) or str(output_prefix).endswith(("/", "/.", "/..")):
+        raise UsageError(f"--output-prefix {str(output_prefix)!r} is a folder: end it with a name for the data set")
     files, skipped = files_of([Path(path) for path in inputs])
     if skipped:
         print(f"left out: {', '.join(map(str, skipped))} (not of the folder's main kind)", file=sys.stderr)
@@ -107,6 +112,9 @@ class _Recipe:
 
 
 def _check_target(prefixes: Sequence[Path], overwrite: bool) -> None:
+    folder = prefixes[0].parent
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file: choose another --output-prefix")
     there = [file for prefix in prefixes for suffix in (".idx", ".bin") if (file := Path(f"{prefix}{suffix}")).exists()]
     if there and not overwrite:
         raise DataError(f"{there[0]} exists: give --overwrite to replace it, or choose another --output-prefix")
@@ -144,9 +152,7 @@ def _handled(
     if workers == 1:
         yield from ((len(batch), handler(batch)) for batch in batches)
         return
-    # spawned, not forked: the parent has the threads of pyarrow and of the progress bar
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(recipe,))
+    pool = ProcessPoolExecutor(workers, _Context(), initializer=_start_worker, initargs=(recipe,))
     pending: deque[tuple[int, Future[dict[str, Block]]]] = deque()
     try:
         for batch in batches:
@@ -165,12 +171,26 @@ def _handled(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+class _Worker(SpawnProcess):
+    """A worker, from which SIGTERM is kept: the pool, to end the others when one has died, needs another means."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Context(SpawnContext):
+    """Workers are spawned, not forked: the parent has the threads of pyarrow and of the progress bar."""
+
+    Process = _Worker
+
+
 @contextlib.contextmanager
 def _no_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end, and do not reach a process started meanwhile: the parent stops the pool.
+    """Ctrl-C and SIGTERM wait until the end, and never reach a process started meanwhile: the parent stops the pool.
 
-    A worker could not ignore Ctrl-C itself early enough: it would die with a traceback while it still imports. And a
-    parent that is stopped between a worker's start and the pool's note of it would wait for that worker for ever.
+    A worker could not ignore Ctrl-C itself early enough: it would die with a traceback while it still imports. One that
+    SIGTERM ends amid a result would leave the pool waiting for the rest of it, and a parent that either stops between a
+    worker's start and the pool's note of it would wait for that worker, for ever.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
@@ -186,7 +206,6 @@ _worker_handler: Callable[[Sequence[Located]], dict[str, Block]]
 def _start_worker(recipe: _Recipe) -> None:
     global _worker_handler
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the pool's means to end the rest when one has died
     _worker_handler = recipe.load()[1]
 
 

@@ -66,9 +66,19 @@ def records(file: Path, columns: Collection[str]) -> Iterator[Located]:
             readers = {".jsonl": _json, ".json": _json, ".csv": _csv, ".txt": _txt}
             yield from readers[file.suffix](file)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8: {error.reason} ({error.object[error.start : error.start + 4]!r})"
-        ) from None
+        found = f"{error.reason} ({error.object[error.start : error.start + 4]!r})"
+        raise DataError(f"{file}, line {_broken_line(file)} is not UTF-8: {found}") from None
+
+
+def _broken_line(file: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError("only for a file that is not UTF-8")
 
 
 def _parquet(file: Path, columns: Collection[str]) -> Iterator[Located]:
@@ -199,6 +209,8 @@ def _csv(file: Path) -> Iterator[Located]:
         rows = csv.reader(lines, strict=True)
         try:
             header = next(rows, [])
+            if twice := [name for name, times in Counter(header).items() if times > 1]:
+                raise DataError(f"{file}: its header names the column {twice[0]!r} twice")
             for row in rows:
                 where = f"{file}, line {rows.line_num}"
                 if len(row) != len(header) and row:

@@ -36,9 +36,10 @@ def get(name: str) -> Template:
     """The template of that name.
 
     Raises:
-        UsageError: There is none; the nearest name is in the message.
+        UsageError: There is none; the message names the nearest, or all.
     """
     if name in ALL:
         return ALL[name]
     near = difflib.get_close_matches(name, ALL, 1, cutoff=0.4)
-    raise UsageError(f"unknown prompt template {name!r}" + (f"; perhaps you meant {near[0]!r}" if near else ""))
+    advice = f"perhaps you meant {near[0]!r}" if near else f"there are {', '.join(ALL)}"
+    raise UsageError(f"unknown prompt template {name!r}: {advice}")

@@ -20,7 +20,7 @@ def verify(prefix: str | Path) -> list[str]:
         prefix: As for `IndexedDataset`; `P` alone means all its keys.
 
     Raises:
-        DataError: There is no data set, or an index cannot be read at all.
+        DataError: There is no data set.
     """
     prefixes = find_prefixes(prefix) or [Path(prefix)]
     problems = [problem for path in prefixes for problem in _pair(path)]
@@ -29,7 +29,13 @@ def verify(prefix: str | Path) -> list[str]:
 
 
 def _pair(prefix: Path) -> Iterator[str]:
-    data, manifest = IndexedDataset(prefix), read_manifest(prefix)
+    try:
+        data, manifest = IndexedDataset(prefix), read_manifest(prefix)
+    except DataError as error:
+        if not all(Path(f"{prefix}{suffix}").exists() for suffix in (".idx", ".bin")):
+            raise
+        yield str(error)
+        return
     name = data.prefix.name
     lengths, size = data.sequence_lengths, Path(f"{data.prefix}.bin").stat().st_size
     sizes = lengths.astype(np.int64) * data.dtype.itemsize
@@ -40,9 +46,8 @@ def _pair(prefix: Path) -> Iterator[str]:
         yield f"{name}.idx: a sequence does not begin where the one before it ends"
     if size != total:
         yield f"{name}.bin: {size} bytes, but the index accounts for {total}"
-    documents = data.document_indices
-    if not len(documents) or documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 0).any():
-        yield f"{name}.idx: the document index does not go from 0 to the number of sequences"
+    if (np.diff(data.document_indices) < 0).any():
+        yield f"{name}.idx: a document ends before it begins"
     if manifest:
         yield from _against_manifest(data, manifest)
 
@@ -65,7 +70,10 @@ def _against_manifest(data: IndexedDataset, manifest: Manifest) -> Iterator[str]
 
 def _instruction(prefix: Path) -> Iterator[str]:
     """Labels are the ids or carry no loss, the mask is all ones, and all three go together."""
-    ids = IndexedDataset(prefix)
+    try:
+        ids = IndexedDataset(prefix)
+    except DataError:  # `_pair` has said it
+        return
     stem = str(prefix).removesuffix(_PACKED)
     for key in ("labels", "attention_mask"):
         try:

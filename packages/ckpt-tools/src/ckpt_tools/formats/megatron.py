@@ -179,11 +179,11 @@ def plan(config: LlamaConfig, layout: Layout, dtypes: Mapping[str, str]) -> Plan
     """The files to write: a batch for each pipeline stage, in it a file for each tensor rank.
 
     Raises:
-        UsageError: The model does not divide into the layout.
+        UsageError: The model does not divide into the layout, or would be padding for the most part.
     """
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     check_layout(config, tp, pp)
-    padded = config.padded_vocab_size(tp, layout.make_vocab_size_divisible_by)
+    padded = _padded_vocab_size(config, layout)
     rules = sharding(config)
     args = args_for(config, tp, pp, layout.make_vocab_size_divisible_by, dtypes[EMBEDDING])
     batches = []
@@ -196,6 +196,21 @@ def plan(config: LlamaConfig, layout: Layout, dtypes: Mapping[str, str]) -> Plan
             batch.append(OutputFile(f"{folder}/{FILE}", tensors, lambda path, slots: _writer(path, slots, args)))
         batches.append(batch)
     return Planned(batches, {TRACKER: b"1"})
+
+
+def _padded_vocab_size(config: LlamaConfig, layout: Layout) -> int:
+    """Rows of the vocabulary with padding, which is limited: a mistyped number would fill the disk with it.
+
+    Small vocabularies may still be padded by Megatron's usual divisor, 128.
+    """
+    tp, divisible_by = layout.tensor_model_parallel_size, layout.make_vocab_size_divisible_by
+    padded = config.padded_vocab_size(tp, divisible_by)
+    if padded > max(2 * config.vocab_size, 128 * tp):
+        raise UsageError(
+            f"{config.vocab_size} vocabulary entries would be padded to {padded}: give a smaller "
+            f"make_vocab_size_divisible_by than {divisible_by} (times {tp} tensor-parallel ranks)"
+        )
+    return padded
 
 
 def _writer(path: Path, slots: Sequence[Slot], args: Any) -> TorchWriter:

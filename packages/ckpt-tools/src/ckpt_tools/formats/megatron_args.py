@@ -57,7 +57,7 @@ def config_from_args(args: Mapping[str, Any], where: Path) -> LlamaConfig | None
     known = {name: value for name, value in {**stated, **optional}.items() if value is not None}
     tokens = {name: args[name] for name in ("bos_token_id", "eos_token_id") if name in args}
     try:
-        return LlamaConfig(**{**known, **tokens, "rotary_base": float(known["rotary_base"])})
+        return LlamaConfig(**{**known, **tokens})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: its args are impossible: {error}") from None
 
