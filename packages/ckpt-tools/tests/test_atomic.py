@@ -103,6 +103,13 @@ def test_files_that_were_given_may_be_replaced(tmp_path):
         write_checkpoint(tmp_path / "out", config, arrays, "hf", overwrite=True)
 
 
+@pytest.mark.parametrize("target", ["file/out", "file/deeper/out"])
+def test_a_target_inside_a_file(model, tmp_path, target):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is a file, not a folder: choose another target"):
+        convert(model, tmp_path / target, to="hf")
+
+
 def test_a_failure_leaves_nothing(model, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "somewhere")

@@ -1,6 +1,7 @@
 """What users meet: downloads that are no weights, shards cut short, tensors missing. One line each, and the fix."""
 
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -161,8 +162,20 @@ def test_ranks_that_are_missing_or_strange(megatron):
     assert "virtual pipeline" in message(open_checkpoint, megatron, error=UsageError)
     file.unlink()
     assert f"{file} does not exist" in message(open_checkpoint, megatron)
-    file.parent.rmdir()
-    assert "3 ranks" in message(open_checkpoint, megatron)
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ({"mp_rank_01_001"}, "lacks mp_rank_01_001: it holds 3 ranks of 2 × 2"),
+        ({"mp_rank_01_000", "mp_rank_01_001"}, "lacks mp_rank_01_000: it holds 2 ranks of 2 × 2"),
+        ({"mp_rank_00_001", "mp_rank_01_001"}, "lacks mp_rank_00_001: it holds 2 ranks of 2 × 2"),
+    ],
+)
+def test_ranks_whose_folders_are_missing(megatron, missing, said):
+    for name in missing:
+        shutil.rmtree(megatron / "iter_0000001" / name)
+    assert said in message(open_checkpoint, megatron)
 
 
 @pytest.mark.parametrize(

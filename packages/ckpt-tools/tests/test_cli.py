@@ -66,6 +66,13 @@ def test_the_road_there_and_back(model, tmp_path):
     assert (done.returncode, done.stdout) == (0, "the same model\n")
 
 
+def test_mixed_types_are_called_so(tmp_path):
+    state = hf_state(small())
+    mixed = write_hf(tmp_path / "mixed", small(), {**state, "lm_head.weight": state["lm_head.weight"].float()})
+    assert json.loads(run("inspect", mixed, "--json").stdout)["dtype"] is None
+    assert "dtype                        mixed\n" in run("inspect", mixed).stdout
+
+
 def test_a_difference_is_exit_code_3(model, tmp_path):
     other = write_hf(tmp_path / "other", small(), hf_state(small(), seed=1))
     done = run("verify", model, other)
@@ -92,6 +99,8 @@ def test_mistakes_are_one_line(model, tmp_path):
     fails(2, "convert", model, out, "--to", "ascendspeed")
     fails(2, "convert", model, out, "--to", "hf", "--no-such-option")
     fails(2, "inspect")
+    for tolerance in ("nan", "-1", "inf"):
+        assert "it must be a finite number" in fails(2, "verify", model, model, "--tolerance", tolerance)
     assert not out.exists()
 
 

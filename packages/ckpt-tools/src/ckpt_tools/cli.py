@@ -129,6 +129,7 @@ def inspect(path: ModelPath, /, *, config: ConfigPath = None, json: bool = False
         _print_json(found)
         return 0
     architecture = found.pop("config") or {"architecture": None}
+    found["dtype"] = found["dtype"] or "mixed"
     for name, value in {**found, **architecture}.items():
         print(f"{name:29}{'unknown' if value is None else f'{value:,}' if type(value) is int else value}")
     return 0

@@ -19,21 +19,22 @@ def inspect(path: str | Path, config: str | Path | None = None) -> dict[str, Any
 
     Returns:
         `format`, `config` (the fields of `LlamaConfig`), `tensor_model_parallel_size`, `pipeline_model_parallel_size`,
-        `dtype`, `parameters` (of the model, without padding) and `bytes` (of the model's tensors as stored, padding
-        and what each rank repeats included).
+        `dtype` (None where tensors differ in it), `parameters` (of the model, without padding) and `bytes` (of the
+        model's tensors as stored, padding and what each rank repeats included).
 
     Raises:
         CheckpointError: See `open_checkpoint`.
     """
     known = LlamaConfig.from_hf(config) if config else None
     with open_checkpoint(path, known) as checkpoint:
+        dtypes = {tensor.dtype for tensor in checkpoint.stored_tensors}
         rules = sharding(checkpoint.config) if checkpoint.has_config else None
         return {
             "format": checkpoint.format,
             "config": asdict(checkpoint.config) if checkpoint.has_config else None,
             "tensor_model_parallel_size": checkpoint.tensor_model_parallel_size,
             "pipeline_model_parallel_size": checkpoint.pipeline_model_parallel_size,
-            "dtype": checkpoint.dtype,
+            "dtype": checkpoint.dtype if len(dtypes) == 1 else None,
             "parameters": sum(prod(rule.shape) for rule in rules.values()) if rules else None,
             "bytes": sum(tensor.nbytes for tensor in checkpoint.stored_tensors),
         }

@@ -1,6 +1,7 @@
 """`verify`: whether two checkpoints hold the same model, whatever their formats and layouts."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from ckpt_tools.checkpoint import Checkpoint
 from ckpt_tools.config import LlamaConfig
+from ckpt_tools.errors import UsageError
 from ckpt_tools.opening import open_checkpoint
 from ckpt_tools.storage.files import Array, Buffer
 
@@ -58,7 +60,10 @@ def verify(
 
     Raises:
         CheckpointError: One of them cannot be read.
+        UsageError: The tolerance is negative or not finite.
     """
+    if not 0 <= tolerance < math.inf:  # so that not-a-number fails too
+        raise UsageError(f"tolerance is {tolerance}: it must be a finite number, 0 or more")
     known = LlamaConfig.from_hf(config) if config else None
     with open_checkpoint(a, known) as first, open_checkpoint(b, known) as second:
         fields = first.config.differences(second.config)

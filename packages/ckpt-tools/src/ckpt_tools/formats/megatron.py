@@ -67,9 +67,8 @@ def open_megatron(folder: Path) -> Contents:
     files: list[File] = []
     with closing_on_error(files):
         ranks = [_open_rank(tp, pp, path, files) for (tp, pp), path in sorted(_rank_files(folder).items())]
-        tp_size, pp_size = max(rank.tp for rank in ranks) + 1, max(rank.pp for rank in ranks) + 1
-        if len(ranks) != tp_size * pp_size:
-            raise CheckpointError(f"{folder} has {len(ranks)} ranks, but its names say {tp_size} × {pp_size}")
+        tp_size, pp_size = _sizes(ranks)
+        _check_ranks(ranks, tp_size, pp_size, folder)
         stated = stated_config(folder)
         from_args = config_from_args(ranks[0].args, folder) if ranks[0].args else None
         _check_agreement(stated, from_args, folder)
@@ -121,6 +120,30 @@ def _open_rank(tp: int, pp: int, path: Path, files: list[File]) -> _Rank:
     args = attributes(tree["args"], "Namespace") if type(tree.get("args")) is Record else {}
     weights = {name: tensor for (where, name, *rest), tensor in _pairs(tensors) if where == "model" and not rest}
     return _Rank(tp, pp, file, weights, args)
+
+
+def _sizes(ranks: Sequence[_Rank]) -> tuple[int, int]:
+    """Tensor and pipeline parallel sizes: what the folders' numbers show, or the args, where those say more."""
+    shown = max(rank.tp for rank in ranks) + 1, max(rank.pp for rank in ranks) + 1
+    stated = [ranks[0].args.get(f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline")]
+    tp_size, pp_size = (max(a, b) if type(b) is int else a for a, b in zip(shown, stated, strict=True))
+    return tp_size, pp_size
+
+
+def _check_ranks(ranks: Sequence[_Rank], tp_size: int, pp_size: int, folder: Path) -> None:
+    """Names the first rank that is missing: its tensors would later be missed as rows of another size."""
+    present = {(rank.tp, rank.pp) for rank in ranks}
+    everyone = ((tp, pp) for tp in range(tp_size) for pp in range(pp_size))
+    missing = next((rank for rank in everyone if rank not in present), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"{folder} lacks {_rank_folder(*missing, pp_size)}: it holds {len(ranks)} ranks of {tp_size} × {pp_size} "
+            "(tensor × pipeline parallel size)"
+        )
+
+
+def _rank_folder(tp: int, pp: int, pp_size: int) -> str:
+    return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if pp_size > 1 else "")
 
 
 def _pairs(tensors: Mapping[tuple[Any, ...], DiskTensor]) -> Iterator[tuple[tuple[Any, ...], DiskTensor]]:
@@ -192,8 +215,8 @@ def plan(config: LlamaConfig, layout: Layout, dtypes: Mapping[str, str]) -> Plan
         batch = []
         for rank in range(tp):
             tensors = {stored: (name, rules[name].view(rank, tp, padded)) for stored, name in names.items()}
-            folder = f"iter_0000001/mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
-            batch.append(OutputFile(f"{folder}/{FILE}", tensors, lambda path, slots: _writer(path, slots, args)))
+            path = f"iter_0000001/{_rank_folder(rank, stage, pp)}/{FILE}"
+            batch.append(OutputFile(path, tensors, lambda path, slots: _writer(path, slots, args)))
         batches.append(batch)
     return Planned(batches, {TRACKER: b"1"})
 

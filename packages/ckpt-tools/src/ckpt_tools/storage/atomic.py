@@ -28,13 +28,13 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
         overwrite: Exchange what is there for the new folder, then delete it.
 
     Raises:
-        CheckpointError: The target exists.
+        CheckpointError: The target exists, or cannot, because it would lie in a file.
     """
     target = Path(os.path.realpath(target))
     recover(target)
     if target.exists() and not overwrite and not _is_empty_folder(target):
         raise CheckpointError(f"{target} exists: give --overwrite to replace it, or choose another target")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_parents(target)
     _delete_abandoned(target)
     building = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
     building.mkdir()
@@ -56,6 +56,14 @@ def recover(target: Path) -> None:
     aside = _aside(target)
     if aside.is_dir():
         aside.rename(target)
+
+
+def _make_parents(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(parent for parent in target.parents if parent.exists())
+        raise CheckpointError(f"{file} is a file, not a folder: choose another target than {target}") from None
 
 
 def _take_name(building: Path, target: Path) -> None:
