@@ -68,12 +68,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Mypy, strict, on every package's sources, the demo and the benchmarks."""
+    """Mypy, strict, on every package's sources, the demo, the example and the benchmarks."""
     install_all(session)
     session.install(*CONSTRAINTS, "mypy", "types-PyYAML")
     session.run("mypy", *(f"packages/{package}/src" for package in PACKAGES))
-    session.run("mypy", "demo", "examples")
-    session.run("mypy", "benchmarks")
+    session.run("mypy", "demo", "examples", "benchmarks")
 
 
 @nox.session

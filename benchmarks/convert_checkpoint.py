@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from measure import SCRIPTS, Command, compare, remove
+from measure import SCRIPTS, Command, compare, remove, run_once
 from safetensors.numpy import save_file
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 22, 2048, 5632, 32, 4, 32000
@@ -60,13 +60,12 @@ def main(folder: Path, rounds: int) -> None:
     weights, megatron, out = source / "model.safetensors", folder / "megatron", folder / "out"
     remove(megatron, out)
     ckpt_tools = SCRIPTS / "ckpt-tools"
-    to_megatron: Command = [ckpt_tools, "convert", source, out, "--to", "megatron-core", *LAYOUT]
-    made: Command = [*to_megatron[:3], megatron, *to_megatron[4:]]
-    compare({"making the source of the way back": made}, rounds=1)
+    to_megatron = ("--to", "megatron-core", *LAYOUT)
+    run_once([ckpt_tools, "convert", source, megatron, *to_megatron])  # the source of the way back
     commands: dict[str, Command] = {
         "safetensors load + save": [sys.executable, "-c", LOAD_AND_SAVE, weights, out],
         "cp": ["cp", weights, out],
-        "Hugging Face -> TP 2 PP 2": to_megatron,
+        "Hugging Face -> TP 2 PP 2": [ckpt_tools, "convert", source, out, *to_megatron],
         "TP 2 PP 2 -> Hugging Face": [ckpt_tools, "convert", megatron, out, "--to", "hf"],
         "verify": [ckpt_tools, "verify", source, megatron],
     }

@@ -4,8 +4,6 @@ Nothing heavier than the parser is imported before a verb runs.
 """
 
 import json
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +14,7 @@ from ckpt_tools import commandline
 if TYPE_CHECKING:
     from ckpt_tools.writing import Summary
 
-CHECK_FAILED, TERMINATED = 3, 128 + signal.SIGTERM
+CHECK_FAILED = 3
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
@@ -169,13 +167,12 @@ def verify(
 
 def main() -> int:
     """The exit code of the `ckpt-tools` command."""
-    # as an exception, so that what is half written is deleted on the way out
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    return commandline.run(
-        "ckpt-tools",
-        "Converts, reshards, inspects and compares LLaMA-2 checkpoints.",
-        {"convert": convert, "reshard": reshard, "inspect": inspect, "verify": verify},
-    )
+    with commandline.unwinding_on_sigterm():
+        return commandline.run(
+            "ckpt-tools",
+            "Converts, reshards, inspects and compares LLaMA-2 checkpoints.",
+            {"convert": convert, "reshard": reshard, "inspect": inspect, "verify": verify},
+        )
 
 
 def _print_summary(summary: "Summary", *, as_json: bool) -> None:

@@ -1,12 +1,10 @@
 """The `data-prep` console script: its verbs, and nothing of what they do."""
 
-import contextlib
 import json as jsonlib
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import tyro
 
@@ -52,7 +50,7 @@ def run(
     """
     from data_prep.preparation import prepare
 
-    with _cleaning_up_on_sigterm():
+    with commandline.unwinding_on_sigterm():
         manifest = prepare(
             input,
             output_prefix,
@@ -112,21 +110,6 @@ def verify(prefix: Prefix, *, json: bool = False) -> int:
     else:
         print("\n".join(problems) or f"{prefix} is whole")
     return CHECK_FAILED if problems else 0
-
-
-@contextlib.contextmanager
-def _cleaning_up_on_sigterm() -> Iterator[None]:
-    """SIGTERM (docker stop, a scheduler, `timeout`) unwinds the stack, as Ctrl-C does, instead of ending it at once."""
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(number: int, frame: object) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice: the second must not end the cleaning up
-    raise SystemExit(128 + number)
 
 
 def _figures(facts: dict[str, Any]) -> str:

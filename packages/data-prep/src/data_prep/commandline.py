@@ -3,7 +3,7 @@
 The same file stands in ckpt-tools, data-prep and npu-kernels, which depend on nothing of each other; a test at the
 repository's root keeps the copies equal. llama-model, trainer and evaluator import ckpt-tools' copy.
 
-Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 ran but a check failed, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 ran but a check failed, 130 interrupted, 143 terminated.
 """
 
 import contextlib
@@ -11,10 +11,11 @@ import functools
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
@@ -56,6 +57,24 @@ def run(
             raise
         print(f"error: {_one_line(_describe(error))}", file=sys.stderr)
         return getattr(error, "exit_code", FAILED)
+
+
+@contextlib.contextmanager
+def unwinding_on_sigterm() -> Iterator[None]:
+    """SIGTERM (docker stop, a scheduler, `timeout`) unwinds the stack, as Ctrl-C does, instead of ending it at once.
+
+    For commands that write: what is half written is deleted on the way out.
+    """
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice: the second must not end the cleaning up
+    raise SystemExit(128 + number)
 
 
 def _parse_and_call(prog: str, summary: str, commands: Mapping[str, Callable[..., int]], args: list[str]) -> int:

@@ -89,13 +89,11 @@ def generate(
         rule = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     elif decoding != "greedy":
         raise RequestError(f"no decoding is called {decoding!r}: choose from greedy, sample")
-    _check(model, prompts, max_new_tokens)
-    if seed is not None and not 0 <= seed < 2**63 - len(prompts):
-        raise RequestError(f"seed {seed}: it must be 0 or more, and below 2**63 - {len(prompts)}")
+    _check(model, prompts, max_new_tokens, seed)
     return _steps(model, prompts, rule, max_new_tokens, eos_token_id, seed)
 
 
-def _check(model: LlamaModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(model: LlamaModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int | None) -> None:
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens {max_new_tokens}: it must be 1 or more")
     positions, vocab = model.architecture.max_position_embeddings, model.architecture.vocab_size
@@ -109,6 +107,8 @@ def _check(model: LlamaModel, prompts: Sequence[Sequence[int]], max_new_tokens: 
                 f"prompt {number} has {len(prompt)} tokens: with {max_new_tokens} new ones it exceeds the model's "
                 f"{positions} positions"
             )
+    if seed is not None and not 0 <= seed < 2**63 - len(prompts):
+        raise RequestError(f"seed {seed}: it must be 0 or more, and below 2**63 - {len(prompts)}")
 
 
 @torch.inference_mode()

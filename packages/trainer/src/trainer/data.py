@@ -226,25 +226,24 @@ def data_files(config: TrainConfig, kind: str) -> list[Path]:
     return prefixes
 
 
-def check_split(config: TrainConfig) -> None:
-    """Refuses a share of a text data set without a token, over which megatron-core would count epochs for ever.
+def check_split(config: TrainConfig, prefix: Path) -> None:
+    """Refuses a share of the text data set `prefix` without a token: megatron-core would count its epochs for ever.
 
     Raises:
         ConfigError: Training, or validation where it is asked for, would read such a share.
     """
-    prefix = _pretraining_prefix(config.data_path)
     lengths = IndexedDataset(prefix).sequence_lengths
     shares = np.array(config.split.split(","), float)
-    borders = [round(border * len(lengths)) for border in np.cumsum([0, *shares / shares.sum()])]  # as megatron-core
-    ways_out = {"training": "", "validation": ", or 0 and no validation"}
-    for number, (kind, way_out) in enumerate(ways_out.items()):
-        if number == 1 and not (_num_valid(config) and shares[number]):
-            continue
-        if not lengths[borders[number] : borders[number + 1]].any():
-            raise ConfigError(
-                f"--split {config.split} leaves no text for {kind} of the {len(lengths)} documents of {prefix}: "
-                f"give it a larger share{way_out}"
-            )
+    train, valid, _ = (round(border * len(lengths)) for border in np.cumsum(shares / shares.sum()))  # as megatron-core
+    if not lengths[:train].any():
+        kind, way_out = "training", "give it a larger share"
+    elif shares[1] and _num_valid(config) and not lengths[train:valid].any():
+        kind, way_out = "validation", "give it a larger share, or 0 and no validation"
+    else:
+        return
+    raise ConfigError(
+        f"--split {config.split} leaves no text for {kind} of the {len(lengths)} documents of {prefix}: {way_out}"
+    )
 
 
 def check_vocabulary(prefix: Path, vocab_size: int, vocab_sha256: str | None) -> str | None:

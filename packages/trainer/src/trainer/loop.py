@@ -49,7 +49,7 @@ def train(config: TrainConfig, kind: Kind = "pretrain") -> Run:
     with open_checkpoint(config.load_weights) as checkpoint:
         prefixes = data_files(config, kind)
         if kind == "pretrain":
-            check_split(config)
+            check_split(config, prefixes[0])
         notes = _check_model(config, checkpoint, prefixes)
         on = parallel.initialize(
             tensor_model_parallel_size=config.tensor_model_parallel_size, device=device(), seed=config.seed
