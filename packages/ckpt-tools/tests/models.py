@@ -87,31 +87,29 @@ def fused_qkv(q, k, v, c):
     return torch.cat(parts, dim=1).reshape(-1, h)
 
 
-def megatron_state(state, c, tp, pp, tp_rank, pp_rank, divisor=1):
-    """What a rank of Megatron holds, computed from Hugging Face's tensors with torch."""
+def megatron_state(state, c, layers, tp, tp_rank, divisor=1, fuse=fused_qkv):
+    """What a rank of Megatron holds of a range of layers, computed from Hugging Face's tensors with torch."""
 
     def vocabulary(table):
-        multiple = tp * divisor
-        padding = -len(table) % multiple
+        padding = -len(table) % (tp * divisor)
         return torch.cat([table, table[-1:].repeat(padding, 1)]).chunk(tp)[tp_rank]
 
-    per_stage = c.num_layers // pp
     tensors = {}
-    if pp_rank == 0:
+    if layers.start == 0:
         tensors["embedding.word_embeddings.weight"] = vocabulary(state["model.embed_tokens.weight"])
-    for n in range(per_stage):
-        hf, ours = f"model.layers.{pp_rank * per_stage + n}.", f"decoder.layers.{n}."
+    for n, layer in enumerate(layers):
+        hf, ours = f"model.layers.{layer}.", f"decoder.layers.{n}."
         q, k, v = (state[f"{hf}self_attn.{x}_proj.weight"] for x in "qkv")
         gate, up = (state[f"{hf}mlp.{x}_proj.weight"].chunk(tp)[tp_rank] for x in ("gate", "up"))
         tensors |= {
             ours + "input_layernorm.weight": state[hf + "input_layernorm.weight"],
-            ours + "self_attention.linear_qkv.weight": fused_qkv(q, k, v, c).chunk(tp)[tp_rank],
+            ours + "self_attention.linear_qkv.weight": fuse(q, k, v, c).chunk(tp)[tp_rank],
             ours + "self_attention.linear_proj.weight": state[hf + "self_attn.o_proj.weight"].chunk(tp, 1)[tp_rank],
             ours + "pre_mlp_layernorm.weight": state[hf + "post_attention_layernorm.weight"],
             ours + "mlp.linear_fc1.weight": torch.cat([gate, up]),
             ours + "mlp.linear_fc2.weight": state[hf + "mlp.down_proj.weight"].chunk(tp, 1)[tp_rank],
         }
-    if pp_rank == pp - 1:
+    if layers.stop == c.num_layers:
         tensors["decoder.final_layernorm.weight"] = state["model.norm.weight"]
         tensors["output_layer.weight"] = vocabulary(state["lm_head.weight"])
     return tensors

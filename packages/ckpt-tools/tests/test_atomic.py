@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from ckpt_tools import (
     CheckpointError,
+    Layout,
     UsageError,
     convert,
     open_checkpoint,
@@ -74,9 +75,9 @@ def test_a_training_run_is_not_overwritten(model, tmp_path, inner):
     convert(model, run / "checkpoints", to="megatron-core")
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/iter_0000001/common.pt"):
         (run / name).touch()
-    reshard(run, tmp_path / "out")
+    reshard(run, tmp_path / "out", Layout())
     with pytest.raises(CheckpointError, match="which ckpt-tools does not write"):
-        reshard(tmp_path / "out", run / inner, overwrite=True)
+        reshard(tmp_path / "out", run / inner, Layout(), overwrite=True)
     assert verify(model, run) == []
 
 
@@ -180,10 +181,11 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
     convert(sources[0], target, to="megatron-core")
     code = (
         "import itertools\n"
-        "from ckpt_tools import convert\n"
+        "from ckpt_tools import Layout, convert\n"
+        "layout = Layout(tensor_model_parallel_size=2)\n"
         "print(flush=True)\n"
         f"for source in itertools.cycle({[str(s) for s in sources]!r}):\n"
-        f"    convert(source, {str(target)!r}, to='megatron-core', tensor_model_parallel_size=2, overwrite=True)\n"
+        f"    convert(source, {str(target)!r}, to='megatron-core', layout=layout, overwrite=True)\n"
     )
     seen = set()
     for moment in random.Random(5).choices(range(2, 120), k=12):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ckpt_tools import convert, inspect, open_checkpoint, verify
+from ckpt_tools import Layout, convert, inspect, open_checkpoint, verify
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -27,8 +27,8 @@ def network(tmp_path_factory):
 @pytest.mark.parametrize(("tp", "dtype"), [(2, "float32"), (4, "bfloat16")], ids=["tp2", "tp4-above-kv-heads"])
 def test_there_and_back(network, tp, dtype, tmp_path):
     model, source = network
-    layout = {"tensor_model_parallel_size": tp, "make_vocab_size_divisible_by": 8}
-    convert(source, tmp_path / "megatron", to="megatron-core", **layout)
+    layout = Layout(tensor_model_parallel_size=tp, make_vocab_size_divisible_by=8)
+    convert(source, tmp_path / "megatron", to="megatron-core", layout=layout)
     tokens = torch.randint(0, 101, (2, 16))
     torch.save(tokens, tmp_path / "tokens.pt")
     _run_ranks(tp, tmp_path, dtype)

@@ -14,9 +14,10 @@ import resource, sys
 import numpy, ml_dtypes, tqdm
 from ckpt_tools import conversion, verification
 from ckpt_tools.conversion import convert
+from ckpt_tools.layout import Layout
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 source, target, to, tp, pp = sys.argv[1:]
-convert(source, target, to=to, tensor_model_parallel_size=int(tp), pipeline_model_parallel_size=int(pp))
+convert(source, target, to=to, layout=Layout(tensor_model_parallel_size=int(tp), pipeline_model_parallel_size=int(pp)))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
 """
 

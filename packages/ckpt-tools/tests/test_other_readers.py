@@ -10,7 +10,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from ckpt_tools import LlamaConfig, convert, open_checkpoint, sharding, verify, write_checkpoint
+from ckpt_tools import Layout, LlamaConfig, convert, open_checkpoint, sharding, verify, write_checkpoint
 from ckpt_tools.storage.files import File
 from ckpt_tools.storage.output import Slot
 from ckpt_tools.storage.torch_read import read_torch
@@ -44,8 +44,8 @@ def transformers_model(request, tmp_path):
 
 def test_transformers_gives_the_same_logits(transformers_model, tmp_path):
     network, source = transformers_model
-    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "make_vocab_size_divisible_by": 16}
-    convert(source, tmp_path / "megatron", to="megatron-core", **layout)
+    layout = Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, make_vocab_size_divisible_by=16)
+    convert(source, tmp_path / "megatron", to="megatron-core", layout=layout)
     convert(tmp_path / "megatron", tmp_path / "back", to="hf")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     tokens = torch.arange(20).reshape(2, 10) * 3
@@ -92,7 +92,7 @@ def _save_bin(folder, state, shards):
 
 
 def test_torch_reads_our_files_without_trust(model, tmp_path):
-    convert(model, tmp_path / "m", to="megatron-core", tensor_model_parallel_size=2)
+    convert(model, tmp_path / "m", to="megatron-core", layout=Layout(tensor_model_parallel_size=2))
     file = rank_file(tmp_path / "m/iter_0000001", 1, 0, 1)
     with torch.serialization.safe_globals([Namespace]):
         tree = torch.load(file, weights_only=True)
@@ -173,7 +173,7 @@ def test_a_file_that_torch_saved_with_foreign_objects_is_read(model, tmp_path):
 def test_stages_of_different_sizes_are_read(tmp_path):
     config = small(num_layers=3)
     write_hf(tmp_path / "hf", config, hf_state(config))
-    convert(tmp_path / "hf", tmp_path / "m", to="megatron-core", pipeline_model_parallel_size=3)
+    convert(tmp_path / "hf", tmp_path / "m", to="megatron-core", layout=Layout(pipeline_model_parallel_size=3))
     folder = tmp_path / "m/iter_0000001"
     first, second, third = (torch.load(rank_file(folder, 0, p, 3), weights_only=False) for p in range(3))
     moved = {name.replace("layers.0", "layers.1"): t for name, t in second["model"].items()}
@@ -208,7 +208,8 @@ def test_large_models_are_sharded(model, tmp_path, monkeypatch):
 def test_nothing_of_torch_is_imported(model, tmp_path):
     code = (
         "import sys, ckpt_tools as c\n"
-        f"c.convert({str(model)!r}, {str(tmp_path / 'm')!r}, to='megatron-core', tensor_model_parallel_size=2)\n"
+        "layout = c.Layout(tensor_model_parallel_size=2)\n"
+        f"c.convert({str(model)!r}, {str(tmp_path / 'm')!r}, to='megatron-core', layout=layout)\n"
         f"assert c.verify({str(model)!r}, {str(tmp_path / 'm')!r}) == []\n"
         "assert not {'torch', 'safetensors', 'transformers', 'megatron'} & set(sys.modules)\n"
     )

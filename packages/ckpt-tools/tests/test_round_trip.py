@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ckpt_tools import convert, open_checkpoint, reshard, sharding, verify
+from ckpt_tools import Layout, convert, open_checkpoint, reshard, sharding, verify
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import hf_shapes, hf_state, megatron_state, rank_file, read_hf, same_bits, small, write_hf
@@ -44,14 +44,18 @@ def test_hf_to_megatron_and_back(layout, dtype, shards):
             source,
             root / "megatron",
             to="megatron-core",
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            make_vocab_size_divisible_by=divisor,
+            layout=Layout(
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                make_vocab_size_divisible_by=divisor,
+            ),
         )
         for t, p in itertools.product(range(tp), range(pp)):
             file = rank_file(root / "megatron/iter_0000001", t, p, pp)
             written = torch.load(file, weights_only=False)["model"]
-            expected = megatron_state(state, config, tp, pp, t, p, divisor)
+            share = config.num_layers // pp
+            layers = range(p * share, (p + 1) * share)
+            expected = megatron_state(state, config, layers, tp, t, divisor)
             assert written.keys() == expected.keys()
             assert all(same_bits(written[name], expected[name]) for name in expected)
         convert(root / "megatron", root / "back", to="hf")
@@ -75,11 +79,13 @@ def test_resharding_is_converting_directly(first, second, dtype):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         source = write_hf(root / "hf", config, hf_state(config, dtype))
-        new = {"tensor_model_parallel_size": new_tp, "make_vocab_size_divisible_by": new_divisor}
-        old = {"tensor_model_parallel_size": tp, "make_vocab_size_divisible_by": divisor}
-        convert(source, root / "a", to="megatron-core", pipeline_model_parallel_size=pp, **old)
-        reshard(root / "a", root / "b", **new)
-        convert(source, root / "c", to="megatron-core", **new)
+        new = Layout(tensor_model_parallel_size=new_tp, make_vocab_size_divisible_by=new_divisor)
+        old = Layout(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, make_vocab_size_divisible_by=divisor
+        )
+        convert(source, root / "a", to="megatron-core", layout=old)
+        reshard(root / "a", root / "b", new)
+        convert(source, root / "c", to="megatron-core", layout=new)
         for t in range(new_tp):
             files = [rank_file(root / x / "iter_0000001", t, 0, 1).read_bytes() for x in "bc"]
             assert files[0] == files[1]
@@ -115,7 +121,7 @@ def test_a_shard_is_what_the_rank_holds(model):
     config, state = small(), read_hf(model)
     with open_checkpoint(model) as checkpoint:
         for t in range(2):
-            expected = megatron_state(state, config, 2, 1, t, 0, divisor=16)
+            expected = megatron_state(state, config, range(config.num_layers), 2, t, divisor=16)
             for name in sharding(config):
                 array = checkpoint.read_shard(name, t, 2, padded_vocab_size=64)
                 assert same_bits(torch.from_numpy(array), expected[name])
@@ -129,7 +135,10 @@ def test_a_slice_is_a_slice_of_the_whole(data):
         root = Path(folder)
         write_hf(root / "hf", config, hf_state(config))
         convert(
-            root / "hf", root / "m", to="megatron-core", tensor_model_parallel_size=2, pipeline_model_parallel_size=2
+            root / "hf",
+            root / "m",
+            to="megatron-core",
+            layout=Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
         )
         name = data.draw(st.sampled_from(list(sharding(config))))
         with open_checkpoint(root / "m") as checkpoint:

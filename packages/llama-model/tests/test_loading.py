@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ckpt_tools import CheckpointError, convert, open_checkpoint
+from ckpt_tools import CheckpointError, Layout, convert, open_checkpoint
 from llama_model import LlamaModel, ModelError, RequestError, load_model, load_weights
 
 
@@ -22,7 +22,9 @@ def test_weights_are_cast_to_the_type_asked_for(gqa, dtype):
 
 
 def test_a_megatron_checkpoint_of_two_ranks_is_the_same_model(gqa, tmp_path):
-    convert(gqa.folder, tmp_path / "tp2", to="megatron-core", tensor_model_parallel_size=2, dtype="bfloat16")
+    convert(
+        gqa.folder, tmp_path / "tp2", to="megatron-core", layout=Layout(tensor_model_parallel_size=2), dtype="bfloat16"
+    )
     model = load_model(tmp_path / "tp2")
     for ours, theirs in zip(model.parameters(), load_model(gqa.folder).parameters(), strict=True):
         assert torch.equal(ours, theirs.to(torch.bfloat16))

@@ -5,19 +5,23 @@ import itertools
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import CheckpointError, UsageError
+from ckpt_tools.layout import Layout
 from ckpt_tools.shard_rules import Range, ShardRule, View, sharding
 from ckpt_tools.storage.files import Array, Buffer, DiskTensor, File, close_all
+
+QkvOrder = Literal["megatron", "ascendspeed"]
+"""How the QKV rows of several query groups stand in a file: see `shard_rules.ascendspeed_qkv_view`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +49,12 @@ class Contents:
     files: Sequence[File]
     tensors: Sequence[DiskTensor]
     """The model's tensors as stored, one for each rank that holds a part."""
-    place: Callable[[LlamaConfig], Iterable[tuple[str, Piece]]]
-    """Where each stored tensor belongs: canonical names and pieces."""
+    place: Callable[[LlamaConfig, QkvOrder], Iterable[tuple[str, Piece]]]
+    """Where each stored tensor belongs, its QKV rows in this order: canonical names and pieces."""
     tokenizer_files: Sequence[Path]
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    layout: Layout = field(default_factory=Layout)
+    qkv_is_ambiguous: Callable[[LlamaConfig], bool] = lambda _: False
+    """Whether the QKV rows may stand in either order, for all that the folder says."""
 
 
 class Checkpoint:
@@ -61,19 +66,18 @@ class Checkpoint:
     path: Path
     """The folder that holds the files: of a run or a Megatron folder, the one that its tracker names."""
     format: str
-    """ "hf", "megatron-core" or "torch_dist"."""
-    tensor_model_parallel_size: int
-    """Tensor-parallel ranks that the files are split over (1 for formats that are not split by rank)."""
-    pipeline_model_parallel_size: int
-    """Pipeline stages that the files are split over."""
+    """ "hf", "megatron-core", "ascendspeed", "ascendspeed-flat", "deepspeed" or "torch_dist"."""
+    layout: Layout
+    """How the files are split over ranks (not at all, in formats that are not), and whose names their tensors have."""
     tokenizer_files: tuple[Path, ...]
     """The tokenizer's files, where the folder or its parent has them."""
 
-    def __init__(self, path: Path, contents: Contents, config: LlamaConfig | None) -> None:
+    def __init__(
+        self, path: Path, contents: Contents, config: LlamaConfig | None, qkv_order: QkvOrder | None = None
+    ) -> None:
         self.path = path
         self.format = contents.format
-        self.tensor_model_parallel_size = contents.tensor_model_parallel_size
-        self.pipeline_model_parallel_size = contents.pipeline_model_parallel_size
+        self.layout = contents.layout
         self.tokenizer_files = tuple(contents.tokenizer_files)
         self.stored_tensors = tuple(contents.tensors)
         self._missing = contents.missing
@@ -83,7 +87,11 @@ class Checkpoint:
             raise CheckpointError(f"{path} holds no tensors of a model")
         self._config = _agreed(config, contents.config, path)
         self._rules = {} if self._config is None else sharding(self._config)
-        self._tensors = {} if self._config is None else _assemble(self._config, self._rules, contents, path)
+        self._undecided = self._config is not None and qkv_order is None and contents.qkv_is_ambiguous(self._config)
+        self._tensors: dict[str, _Tensor] = {}
+        if self._config is not None and not self._undecided:
+            placed = contents.place(self._config, qkv_order or "megatron")
+            self._tensors = _assemble(self._rules, placed, path)
 
     @property
     def config(self) -> LlamaConfig:
@@ -195,6 +203,12 @@ class Checkpoint:
     def _tensor(self, name: str) -> "_Tensor":
         if name not in self._tensors:
             self.config  # noqa: B018  (says what is missing, where that is the reason)
+            if self._undecided:
+                raise UsageError(
+                    f"{self.path} holds several KV heads on each rank, whose query heads may stand in Megatron's order "
+                    "or in that of AscendSpeed's converter, which no file shows: give --qkv-order, or --reference with "
+                    "a Hugging Face folder of the model that it was made from"
+                )
             raise CheckpointError(f"{self.path} has no tensor {name}")
         return self._tensors[name]
 
@@ -261,12 +275,10 @@ def _agreed(given: LlamaConfig | None, stated: LlamaConfig | None, path: Path) -
     return given
 
 
-def _assemble(
-    config: LlamaConfig, rules: Mapping[str, ShardRule], contents: Contents, path: Path
-) -> dict[str, _Tensor]:
+def _assemble(rules: Mapping[str, ShardRule], placed: Iterable[tuple[str, Piece]], path: Path) -> dict[str, _Tensor]:
     """Every canonical tensor with its pieces, after checking that they are whole and of one type."""
     pieces: dict[str, list[Piece]] = {}
-    for name, piece in contents.place(config):
+    for name, piece in placed:
         pieces.setdefault(name, []).append(piece)
     tensors = {}
     for name, rule in rules.items():

@@ -133,10 +133,13 @@ class LlamaConfig:
             "vocab_size": self.vocab_size,
         }
 
-    def padded_vocab_size(self, tensor_model_parallel_size: int, divisible_by: int = 1) -> int:
-        """Rows of the embedding with padding: the next multiple of `divisible_by` times the tensor-parallel size."""
+    def padded_vocab_size(self, tensor_model_parallel_size: int, divisible_by: int = 1, added: int = 0) -> int:
+        """Rows of the embedding with padding: the next multiple of `divisible_by` times the tensor-parallel size.
+
+        With room for `added` more tokens.
+        """
         multiple = divisible_by * tensor_model_parallel_size
-        return -(-self.vocab_size // multiple) * multiple
+        return -(-(self.vocab_size + added) // multiple) * multiple
 
     def differences(self, other: "LlamaConfig") -> dict[str, tuple[Any, Any]]:
         """The fields that shape the function the network computes and differ: name to (this one's, the other's)."""

@@ -1,15 +1,17 @@
 """`convert`: a checkpoint of one format and layout into one of another."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ckpt_tools.checkpoint import Checkpoint
+from ckpt_tools.checkpoint import Checkpoint, QkvOrder
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import UsageError
-from ckpt_tools.formats import hf
+from ckpt_tools.formats import deepspeed, hf
 from ckpt_tools.formats.companions import generation_config
+from ckpt_tools.formats.naming import MEGATRON_CORE
 from ckpt_tools.layout import Layout
 from ckpt_tools.opening import open_checkpoint
 from ckpt_tools.writing import PLANS, Summary, write_checkpoint
@@ -20,11 +22,11 @@ def convert(
     target: str | Path,
     *,
     to: str,
-    tensor_model_parallel_size: int = 1,
-    pipeline_model_parallel_size: int = 1,
-    make_vocab_size_divisible_by: int = 1,
+    layout: Layout | None = None,
     dtype: str | None = None,
     config: str | Path | None = None,
+    qkv_order: QkvOrder | None = None,
+    reference: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Summary:
@@ -33,12 +35,12 @@ def convert(
     Args:
         source: Anything that `open_checkpoint` opens.
         target: The folder to write; it appears whole or not at all.
-        to: "hf" or "megatron-core".
-        tensor_model_parallel_size: Tensor-parallel ranks to split over.
-        pipeline_model_parallel_size: Pipeline stages to split over.
-        make_vocab_size_divisible_by: Pads the vocabulary to a multiple of this times the tensor-parallel size.
+        to: "hf", "megatron-core", "ascendspeed", "ascendspeed-flat" or "deepspeed".
+        layout: How to split the model over ranks; default: not at all.
         dtype: "float32", "float16" or "bfloat16" to cast; default: tensors stay as they are.
         config: A Hugging Face folder that states the architecture, for sources that do not.
+        qkv_order: See `open_checkpoint`.
+        reference: See `open_checkpoint`.
         overwrite: Replace the target, if nothing lies in it but a checkpoint that ckpt-tools can have written.
         progress: Show a bar on stderr, if that is a terminal.
 
@@ -46,13 +48,8 @@ def convert(
         CheckpointError: The source is broken, or the target exists.
         UsageError: The model does not divide into the layout, or the architecture is not known.
     """
-    layout = Layout(
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-    )
     known = LlamaConfig.from_hf(config) if config else None
-    with open_checkpoint(source, known) as checkpoint:
+    with open_checkpoint(source, known, qkv_order=qkv_order, reference=reference) as checkpoint:
         _refuse_the_source(checkpoint, Path(target))
         files = (*checkpoint.tokenizer_files, *generation_config(checkpoint.path))
         hidden = not (progress and sys.stderr.isatty())
@@ -73,27 +70,39 @@ def convert(
 def reshard(
     source: str | Path,
     target: str | Path,
+    layout: Layout,
     *,
-    tensor_model_parallel_size: int = 1,
-    pipeline_model_parallel_size: int = 1,
-    make_vocab_size_divisible_by: int = 1,
     config: str | Path | None = None,
+    qkv_order: QkvOrder | None = None,
+    reference: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Summary:
-    """What was written: the checkpoint in its own format, split over other ranks. Arguments are those of `convert`."""
+    """What was written: the checkpoint in its own format, split over other ranks.
+
+    Arguments are those of `convert`; the names of the tensors, and whether gate and up projection are merged, stay as
+    they are.
+
+    Raises:
+        UsageError: As for `convert`; also where `layout` asks for other names.
+    """
     with open_checkpoint(source, LlamaConfig.from_hf(config) if config else None) as checkpoint:
-        own = checkpoint.format
+        own, found = checkpoint.format, checkpoint.layout
     if own not in PLANS or own == hf.FORMAT:
         raise UsageError(f"{source} is of the format {own}, which is not written in ranks: use convert --to")
+    if layout.merge_mlp and not found.merge_mlp and found.naming != MEGATRON_CORE.label:
+        raise UsageError(f"{source} has gate and up projection apart: use convert --to {own} --merge-mlp to merge them")
+    if layout.naming not in (None, found.naming):
+        raise UsageError(f"{source} has the names of {found.naming}, not of {layout.naming}: use convert --to {own}")
+    naming = found.naming if own == deepspeed.FORMAT else None
     return convert(
         source,
         target,
         to=own,
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        layout=replace(layout, merge_mlp=found.merge_mlp, naming=naming),
         config=config,
+        qkv_order=qkv_order,
+        reference=reference,
         overwrite=overwrite,
         progress=progress,
     )

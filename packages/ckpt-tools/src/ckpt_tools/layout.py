@@ -1,14 +1,17 @@
-"""What a writer is asked for, and what it plans: files, and the part of the model that each of their tensors holds."""
+"""What a writer is asked for: how a model is split over ranks, and how its parts are called."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal
 
-from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import UsageError
-from ckpt_tools.shard_rules import View
-from ckpt_tools.storage.output import Slot
+
+NamingLabel = Literal["megatron-core", "ascendspeed", "ascendspeed-flat"]
+COUNTS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+    "make_vocab_size_divisible_by",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,62 +19,70 @@ class Layout:
     """How a written model is split over ranks; a Hugging Face folder is not.
 
     Raises:
-        UsageError: A number is not positive.
+        UsageError: A number is not positive, or two options exclude each other.
     """
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share out each matrix."""
+    """Tensor-parallel ranks, which share out each matrix."""
     pipeline_model_parallel_size: int = 1
-    """Stages that share out the layers."""
-    make_vocab_size_divisible_by: int = 1
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    """Pipeline stages, which share out the layers."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers of a chunk of a virtual (interleaved) pipeline, whose chunks are dealt to the stages in turn."""
+    num_layer_list: tuple[int, ...] | None = None
+    """Layers of each pipeline stage, where they are not to have equally many."""
+    make_vocab_size_divisible_by: int | None = None
+    """Pad the vocabulary to a multiple of this times the tensor-parallel size (megatron-core: 1, others: 128)."""
+    added_token_num: int = 0
+    """Leave room for so many more tokens when padding the vocabulary."""
+    merge_mlp: bool = False
+    """AscendSpeed's names: store gate and up projection as one tensor (as its --mlp-layer-fusion expects)."""
+    naming: NamingLabel | None = None
+    """Whose names the tensors of a DeepSpeed checkpoint have (default: ascendspeed)."""
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in fields(self)):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: it must be positive")
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}: it must be positive")
+        if self.added_token_num < 0:
+            raise UsageError(f"added_token_num is {self.added_token_num}: it must not be negative")
+        if self.num_layer_list is not None and any(count < 1 for count in self.num_layer_list):
+            raise UsageError(f"num_layer_list is {self.num_layer_list}: each pipeline stage needs a layer")
+        if self.num_layers_per_virtual_pipeline_stage is not None:
+            self._check_virtual_pipeline()
+
+    def _check_virtual_pipeline(self) -> None:
+        if self.pipeline_model_parallel_size == 1:
+            raise UsageError("num_layers_per_virtual_pipeline_stage needs a pipeline_model_parallel_size of 2 or more")
+        if self.num_layer_list is not None:
+            raise UsageError("num_layers_per_virtual_pipeline_stage and num_layer_list exclude each other")
+
+    def chunks(self, num_layers: int) -> list[list[range]]:
+        """The layers of each pipeline stage's chunks: [stage][chunk]; one chunk where the pipeline is not virtual.
+
+        The chunks of a virtual pipeline are dealt to the stages in turn, as Megatron's interleaved schedule does.
+
+        Raises:
+            UsageError: The layers do not divide.
+        """
+        stages = self.pipeline_model_parallel_size
+        if self.num_layer_list is not None:
+            return _listed_chunks(self.num_layer_list, num_layers, stages)
+        if num_layers % stages:
+            raise UsageError(f"{num_layers} layers do not divide among {stages} pipeline stages: give num_layer_list")
+        share = num_layers // stages
+        size = self.num_layers_per_virtual_pipeline_stage or share
+        if share % size:
+            raise UsageError(f"the {share} layers of a pipeline stage do not divide into chunks of {size}")
+        starts = [[(chunk * stages + stage) * size for chunk in range(share // size)] for stage in range(stages)]
+        return [[range(start, start + size) for start in of_stage] for of_stage in starts]
 
 
-class TensorWriter(Protocol):
-    """A file that tensors are written to one after the other, in the order in which they were announced."""
-
-    def begin(self, name: str) -> None:
-        """The next tensor's bytes follow."""
-
-    def append(self, block: memoryview) -> None:
-        """Bytes of the tensor that was begun."""
-
-    def end(self) -> None:
-        """The tensor is whole."""
-
-    def finish(self) -> None:
-        """The file is whole: it is closed and on disk."""
-
-    def abandon(self) -> None:
-        """The file will not be finished."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputFile:
-    """A file to write."""
-
-    path: str
-    """Relative to the target's folder."""
-    tensors: Mapping[str, tuple[str, View]]
-    """Stored name to canonical name and part, in the order of the file."""
-    open: Callable[[Path, Sequence[Slot]], TensorWriter]
-    """Opens the file for these tensors."""
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """All that is to be written."""
-
-    batches: Sequence[Sequence[OutputFile]]
-    """Files of a batch are written side by side, so that what they share out is read once; batches in order."""
-    texts: Mapping[str, bytes] = field(default_factory=dict)
-    """Small files: path relative to the target's folder to content."""
-
-
-Plan = Callable[[LlamaConfig, Layout, Mapping[str, str]], Planned]
-"""A format's writer: config, layout and the type of each tensor to the files to write."""
+def _listed_chunks(counts: tuple[int, ...], num_layers: int, stages: int) -> list[list[range]]:
+    if len(counts) != stages or sum(counts) != num_layers:
+        raise UsageError(
+            f"num_layer_list names {sum(counts)} layers on {len(counts)} stages: "
+            f"the model has {num_layers}, to be put on {stages} (pipeline_model_parallel_size)"
+        )
+    ends = [sum(counts[: stage + 1]) for stage in range(stages)]
+    return [[range(end - count, end)] for count, end in zip(counts, ends, strict=True)]

@@ -65,13 +65,16 @@ class ShardRule:
     layer: int | None = None
     """The layer; None: the embedding (first stage), or the final norm and the head (last stage)."""
 
-    def view(self, tp_rank: int, tp_size: int, padded_vocab_size: int | None = None) -> View:
+    def view(
+        self, tp_rank: int, tp_size: int, padded_vocab_size: int | None = None, *, part: int | None = None
+    ) -> View:
         """What rank `tp_rank` of `tp_size` holds.
 
         Args:
             tp_rank: From 0.
             tp_size: Tensor-parallel size.
             padded_vocab_size: Rows of the vocabulary's tables with padding; default: the next multiple of `tp_size`.
+            part: Only this one of the fused parts: 0 for gate, 1 for up.
 
         Raises:
             UsageError: The dimension does not divide by `tp_size`.
@@ -84,9 +87,10 @@ class ShardRule:
         if self.split_dim == 1:
             share = self._share(self.shape[1], tp_size)
             return View(((0, self.shape[0]),), (tp_rank * share, (tp_rank + 1) * share))
-        part = self.shape[0] // self.parts
-        share = self._share(part, tp_size)
-        starts = [n * part + tp_rank * share for n in range(self.parts)]
+        height = self.shape[0] // self.parts
+        share = self._share(height, tp_size)
+        wanted = range(self.parts) if part is None else [part]
+        starts = [n * height + tp_rank * share for n in wanted]
         return View(tuple((start, start + share) for start in starts), columns)
 
     def _vocabulary(self, tp_rank: int, tp_size: int, padded: int | None) -> View:
@@ -125,33 +129,66 @@ def sharding(config: LlamaConfig) -> dict[str, ShardRule]:
     return rules
 
 
-def check_layout(config: LlamaConfig, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> None:
-    """Refuses a layout that the model does not divide into, before any work.
+def check_tensor_parallel(config: LlamaConfig, tp_size: int, *, whole_groups: bool = False) -> None:
+    """Refuses a number of tensor-parallel ranks that the model does not divide among, before any work.
+
+    Args:
+        config: The architecture.
+        tp_size: Tensor-parallel size.
+        whole_groups: Whether each rank must hold whole query groups. megatron-core asks for no such thing: with fewer
+            groups than ranks it splits the fused rows plainly.
 
     Raises:
         UsageError: Naming both numbers.
     """
-    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
     shared_out = {"attention heads": config.num_attention_heads, "feed-forward channels": config.ffn_hidden_size}
     for what, count in shared_out.items():
-        if count % tp:
-            raise UsageError(f"{count} {what} do not divide among {tp} tensor-parallel ranks")
+        if count % tp_size:
+            raise UsageError(f"{count} {what} do not divide among {tp_size} tensor-parallel ranks")
     groups = config.num_query_groups
-    if groups % tp and tp % groups:  # with fewer groups than ranks, megatron-core splits the fused rows plainly
-        raise UsageError(f"{groups} query groups (KV heads) and {tp} tensor-parallel ranks: neither divides the other")
-    if config.num_layers % pp:
-        raise UsageError(f"{config.num_layers} layers do not divide among {pp} pipeline stages")
+    if whole_groups and groups % tp_size:
+        raise UsageError(
+            f"{groups} query groups (KV heads) do not divide among {tp_size} tensor-parallel ranks: "
+            "in AscendSpeed's layouts each rank holds whole ones"
+        )
+    if groups % tp_size and tp_size % groups:
+        raise UsageError(
+            f"{groups} query groups (KV heads) and {tp_size} tensor-parallel ranks: neither divides the other"
+        )
 
 
-def stage_names(config: LlamaConfig, pp_rank: int, pp_size: int) -> dict[str, str]:
-    """The parameters of one pipeline stage: name on that stage (layers numbered from 0) to canonical name.
+def qkv_rows(config: LlamaConfig) -> tuple[list[Range], list[Range], list[Range]]:
+    """The rows of the fused QKV that hold the queries, the keys and the values: a range for each group.
 
-    The first stage holds the embedding, the last one the final norm and the head; layers are split evenly.
+    Megatron's order: for each query group its query heads, then its key head, then its value head.
     """
-    share = config.num_layers // pp_size
-    names = {EMBEDDING: EMBEDDING} if pp_rank == 0 else {}
-    for n in range(share):
-        names |= {layer_name(n, tensor): layer_name(pp_rank * share + n, tensor) for tensor in LAYER_TENSORS}
-    if pp_rank == pp_size - 1:
-        names |= {FINAL_NORM: FINAL_NORM, HEAD: HEAD}
-    return names
+    channels = config.kv_channels
+    queries = config.num_attention_heads // config.num_query_groups * channels
+    height = queries + 2 * channels
+    starts = [group * height for group in range(config.num_query_groups)]
+    return (
+        [(start, start + queries) for start in starts],
+        [(start + queries, start + queries + channels) for start in starts],
+        [(start + queries + channels, start + height) for start in starts],
+    )
+
+
+def ascendspeed_qkv_view(config: LlamaConfig, tp_rank: int, tp_size: int) -> View:
+    """What a rank of AscendSpeed's converter holds of the fused QKV: the heads of several query groups are mixed.
+
+    It views a rank's query, key and value heads, stacked, as [heads of a group + 2, groups of this rank] and
+    transposes: place s of group g gets the rank's query head s * groups + g. With one group on each rank, or one query
+    head in each group, that is Megatron's order. The network that loads the file takes it for Megatron's in any case.
+    """
+    channels = config.kv_channels
+    groups = config.num_query_groups // tp_size
+    heads = config.num_attention_heads // config.num_query_groups
+    query, key, value = qkv_rows(config)
+    of_rank = slice(tp_rank * groups, (tp_rank + 1) * groups)
+    starts = [start + head * channels for start, _ in query[of_rank] for head in range(heads)]
+    rows: list[Range] = []
+    for group in range(groups):
+        mixed = starts[group::groups]
+        rows += [(start, start + channels) for start in mixed]
+        rows += [key[of_rank][group], value[of_rank][group]]
+    return View(tuple(rows), (0, config.hidden_size))

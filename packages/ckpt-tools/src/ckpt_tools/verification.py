@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_tools.checkpoint import Checkpoint
+from ckpt_tools.checkpoint import Checkpoint, QkvOrder
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import UsageError
 from ckpt_tools.opening import open_checkpoint
@@ -44,7 +44,13 @@ class Difference:
 
 
 def verify(
-    a: str | Path, b: str | Path, *, tolerance: float = 0.0, limit: int = 10, config: str | Path | None = None
+    a: str | Path,
+    b: str | Path,
+    *,
+    tolerance: float = 0.0,
+    limit: int = 10,
+    config: str | Path | None = None,
+    qkv_order: QkvOrder | None = None,
 ) -> list[Difference]:
     """The first differences between two checkpoints: none if they hold the same model.
 
@@ -57,6 +63,7 @@ def verify(
         tolerance: Largest absolute difference that passes.
         limit: Differences to find before stopping.
         config: A Hugging Face folder that states the architecture, for checkpoints that do not.
+        qkv_order: See `open_checkpoint`.
 
     Raises:
         CheckpointError: One of them cannot be read.
@@ -65,7 +72,8 @@ def verify(
     if not 0 <= tolerance < math.inf:  # so that not-a-number fails too
         raise UsageError(f"tolerance is {tolerance}: it must be a finite number, 0 or more")
     known = LlamaConfig.from_hf(config) if config else None
-    with open_checkpoint(a, known) as first, open_checkpoint(b, known) as second:
+    first = open_checkpoint(a, known, qkv_order=qkv_order)
+    with first, open_checkpoint(b, known, qkv_order=qkv_order) as second:
         fields = first.config.differences(second.config)
         if fields:
             return [Difference(name, *values) for name, values in fields.items()]

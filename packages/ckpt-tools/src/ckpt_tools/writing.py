@@ -14,20 +14,21 @@ from ckpt_tools.checkpoint import Checkpoint
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.dtypes import ITEM_SIZE, WEIGHT_DTYPES, DType
 from ckpt_tools.errors import CheckpointError, UsageError
-from ckpt_tools.formats import hf, megatron
+from ckpt_tools.formats import deepspeed, hf, megatron
 from ckpt_tools.formats.companions import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
-from ckpt_tools.layout import Layout, OutputFile, Plan, Planned, TensorWriter
+from ckpt_tools.layout import Layout
 from ckpt_tools.opening import looks_like_checkpoint
+from ckpt_tools.planning import OutputFile, Plan, Planned, TensorWriter
 from ckpt_tools.shard_rules import EMBEDDING, Range, View, sharding
 from ckpt_tools.storage.atomic import new_folder
 from ckpt_tools.storage.files import BLOCK_BYTES, Array, Buffer, cast
 from ckpt_tools.storage.output import Slot, encode_json, write_file
 
-PLANS: Mapping[str, Plan] = {hf.FORMAT: hf.plan, megatron.FORMAT: megatron.plan}
+PLANS: Mapping[str, Plan] = {hf.FORMAT: hf.plan, **megatron.PLANS, deepspeed.FORMAT: deepspeed.plan}
 """The formats that are written."""
 
 _COMPANIONS = map(re.escape, (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES))
-WRITTEN = re.compile("|".join((hf.WRITTEN, megatron.WRITTEN, *_COMPANIONS)))
+WRITTEN = re.compile("|".join((hf.WRITTEN, megatron.WRITTEN, deepspeed.WRITTEN, *_COMPANIONS)))
 """Every path, relative to the target's folder, that a conversion writes."""
 
 
@@ -43,6 +44,10 @@ class Summary:
     """Of these tensors."""
     seconds: float
     """Of wall time, until all was on disk under its name."""
+    peak_rss: int
+    """Bytes: the most memory that the process had resident so far, pages of mapped files included."""
+    notes: tuple[str, ...] = ()
+    """What is to be known of the result."""
 
 
 class Progress(Protocol):
@@ -83,7 +88,7 @@ def write_checkpoint(
         path: The folder. It must not exist, or be empty, unless `overwrite`.
         config: The architecture.
         tensors: An open checkpoint, or canonical names to arrays of the global shapes (see `sharding`).
-        format: "hf" or "megatron-core".
+        format: "hf", "megatron-core", "ascendspeed", "ascendspeed-flat" or "deepspeed".
         layout: How to split the model over ranks; default: not at all.
         dtype: "float32", "float16" or "bfloat16" to cast every tensor; default: each stays as it is.
         files: Copied beside the weights under their own names: the tokenizer's.
@@ -104,7 +109,7 @@ def write_checkpoint(
     source = tensors if isinstance(tensors, Checkpoint) else _Arrays(tensors, config)
     dtypes = {name: dtype or source.tensor_dtype(name).name for name in sharding(config)}
     planned = PLANS[format](config, layout or Layout(), dtypes)
-    sizes = [prod(view.shape) * ITEM_SIZE[dtypes[name]] for name, view in _parts(planned)]
+    sizes = [*_sizes(planned, dtypes)]
     if progress is not None:
         progress.reset(total=sum(sizes))
     with new_folder(Path(path), overwrite=overwrite) as folder:
@@ -112,7 +117,21 @@ def write_checkpoint(
         for batch in planned.batches:
             _write_batch(folder, batch, copier, dtypes)
         _write_companions(folder, {**planned.texts, CONFIG: encode_json(config.to_hf(dtypes[EMBEDDING]))}, files)
-    return Summary(Path(path), format, len(sizes), sum(sizes), time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Summary(Path(path), format, len(sizes), sum(sizes), seconds, _peak_rss(), planned.notes)
+
+
+def _sizes(planned: Planned, dtypes: Mapping[str, str]) -> Iterator[int]:
+    """Bytes of each tensor that is written."""
+    for file in (file for batch in planned.batches for file in batch):
+        yield from (prod(view.shape) * ITEM_SIZE[dtypes[name]] for name, view in file.tensors.values())
+        yield from (values.nbytes for values in file.constants.values())
+
+
+def _peak_rss() -> int:
+    """VmHWM: unlike getrusage's ru_maxrss, it does not begin with the memory of the process that started this one."""
+    status = Path("/proc/self/status").read_text("ascii", "replace")
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
 def _check_replaceable(target: Path, files: Sequence[Path]) -> None:
@@ -131,10 +150,6 @@ def _check_replaceable(target: Path, files: Sequence[Path]) -> None:
         )
     if target.exists() and not looks_like_checkpoint(target):
         raise CheckpointError(f"{target} exists and is no checkpoint: --overwrite does not replace it")
-
-
-def _parts(planned: Planned) -> Iterator[tuple[str, View]]:
-    return (part for batch in planned.batches for file in batch for part in file.tensors.values())
 
 
 def _write_companions(folder: Path, texts: Mapping[str, bytes], files: Sequence[Path]) -> None:
@@ -156,10 +171,12 @@ def _write_batch(folder: Path, batch: Sequence[OutputFile], copier: "_Copier", d
             path = folder / file.path
             path.parent.mkdir(parents=True, exist_ok=True)
             slots = [Slot(stored, dtypes[name], view.shape) for stored, (name, view) in file.tensors.items()]
-            writers.append(file.open(path, slots))
+            constants = [Slot(stored, values.dtype.name, values.shape) for stored, values in file.constants.items()]
+            writers.append(file.open(path, [*slots, *constants]))
         for name, targets in _targets(batch, writers).items():
             copier.copy(name, targets)
-        for writer in writers:
+        for file, writer in zip(batch, writers, strict=True):
+            copier.write_constants(file.constants, writer)
             writer.finish()
     except BaseException:
         for writer in writers:
@@ -204,6 +221,14 @@ class _Copier:
                 self._append(block, group)
             for target in group:
                 target.writer.end()
+
+    def write_constants(self, constants: Mapping[str, Array], writer: TensorWriter) -> None:
+        """Writes tensors that are in memory."""
+        for stored, values in constants.items():
+            writer.begin(stored)
+            writer.append(values.view(np.uint8).data)
+            writer.end()
+            self._advance(values.nbytes)
 
     def _blocks(self, name: str, rows: Sequence[Range], padding: int, columns: Range | None) -> Iterator[Array]:
         """The rows one range after the other, then the last row as often as there is padding."""

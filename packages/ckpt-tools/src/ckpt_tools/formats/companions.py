@@ -7,6 +7,9 @@ from ckpt_tools.config import LlamaConfig
 TRACKER = "latest_checkpointed_iteration.txt"
 """The file of a Megatron folder that names its latest checkpoint."""
 
+LATEST = "latest"
+"""The like of a DeepSpeed folder."""
+
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
@@ -20,9 +23,10 @@ TOKENIZER_FILES = (
 
 
 def homes(folder: Path) -> tuple[Path, ...]:
-    """Where the files that belong to `folder`'s weights may lie: there, or beside the tracker of a Megatron folder."""
+    """Where the files that belong to `folder`'s weights may lie: there, or beside the tracker that names it."""
     parent = folder.absolute().parent
-    return (folder, parent) if (parent / TRACKER).is_file() else (folder,)
+    tracked = any((parent / tracker).is_file() for tracker in (TRACKER, LATEST))
+    return (folder, parent) if tracked else (folder,)
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:

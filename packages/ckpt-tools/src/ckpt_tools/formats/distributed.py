@@ -16,8 +16,8 @@ from ckpt_tools.config import LlamaConfig
 from ckpt_tools.dtypes import ITEM_SIZE
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.formats.companions import stated_config, tokenizer_files
-from ckpt_tools.formats.megatron import FUSED_NORMS, canonical_name
 from ckpt_tools.formats.megatron_args import config_from_args
+from ckpt_tools.formats.naming import MEGATRON_CORE
 from ckpt_tools.shard_rules import ShardRule, layer_name, sharding
 from ckpt_tools.storage import torch_pickle
 from ckpt_tools.storage.files import DiskTensor, File, plain_name
@@ -67,7 +67,7 @@ def open_distributed(folder: Path) -> Contents:
         chunks = list(_chunks(folder, file_named))
         config = stated_config(folder) or _config_of_common(folder)
 
-    def place(config: LlamaConfig) -> Iterator[tuple[str, Piece]]:
+    def place(config: LlamaConfig, _: str) -> Iterator[tuple[str, Piece]]:
         rules = sharding(config)
         for chunk in chunks:
             yield from _place(chunk, rules)
@@ -123,7 +123,7 @@ def _locate(file: File, start: int, length: int, key: str, sizes: tuple[int, ...
     """The one tensor of the torch file in this byte range."""
     _, tensors = read_torch(file, start, length)
     stored = tensors.get(())
-    if stored is None or stored.shape != sizes:
+    if stored is None or stored.shape != sizes or stored.row_stride is not None:
         raise CheckpointError(f"{file.path} at {start} does not hold the chunk of {key} that {METADATA} describes")
     return DiskTensor(file, stored.start, stored.dtype, stored.shape, key)
 
@@ -132,11 +132,12 @@ def _place(chunk: _Chunk, rules: Mapping[str, ShardRule]) -> Iterator[tuple[str,
     """The chunk's pieces: one for each layer, where it holds several."""
     stacked = STACKED.fullmatch(chunk.key)
     if not stacked:
-        yield from _place_matrix(canonical_name(chunk.key), chunk.offsets, chunk.tensor, rules)
+        stored = MEGATRON_CORE.stored(chunk.key)
+        yield from _place_matrix(stored.name if stored else chunk.key, chunk.offsets, chunk.tensor, rules)
         return
     layers, *shape = chunk.tensor.shape
     layer_bytes = prod(shape) * ITEM_SIZE[chunk.tensor.dtype]
-    suffix = FUSED_NORMS.get(stacked[1], stacked[1])
+    suffix = MEGATRON_CORE.aliases.get(stacked[1], stacked[1])
     for n in range(layers):
         tensor = DiskTensor(
             chunk.tensor.file, chunk.tensor.start + n * layer_bytes, chunk.tensor.dtype, tuple(shape), chunk.key

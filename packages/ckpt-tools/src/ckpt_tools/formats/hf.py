@@ -9,7 +9,8 @@ from ckpt_tools.config import LlamaConfig
 from ckpt_tools.dtypes import ITEM_SIZE
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.formats.companions import GENERATION_CONFIG, stated_config, tokenizer_files
-from ckpt_tools.layout import Layout, OutputFile, Planned
+from ckpt_tools.layout import Layout
+from ckpt_tools.planning import OutputFile, Planned
 from ckpt_tools.shard_rules import (
     EMBEDDING,
     FC1,
@@ -23,6 +24,7 @@ from ckpt_tools.shard_rules import (
     Range,
     View,
     layer_name,
+    qkv_rows,
     sharding,
 )
 from ckpt_tools.storage.files import DiskTensor, File, plain_name, read_json
@@ -61,7 +63,7 @@ def open_hf(folder: Path) -> Contents:
     with closing_on_error(files):
         found = {name: tensor for name, tensor in _stored(folder, files).items() if not name.endswith(IGNORED_ENDING)}
 
-    def place(config: LlamaConfig) -> Iterator[tuple[str, Piece]]:
+    def place(config: LlamaConfig, _: str) -> Iterator[tuple[str, Piece]]:
         expected = hf_tensors(config)
         if unknown := sorted(found.keys() - expected.keys()):
             raise CheckpointError(f"{found[unknown[0]].where} is none of a LLaMA-2's tensors")
@@ -111,22 +113,6 @@ def hf_tensors(config: LlamaConfig) -> dict[str, tuple[str, View]]:
             f"{at}.mlp.down_proj.weight": whole(layer_name(n, FC2)),
         }
     return tensors | {"model.norm.weight": whole(FINAL_NORM), "lm_head.weight": whole(HEAD)}
-
-
-def qkv_rows(config: LlamaConfig) -> tuple[list[Range], list[Range], list[Range]]:
-    """The rows of the fused QKV that hold the queries, the keys and the values, each in the order of their heads.
-
-    Megatron's order: for each query group its query heads, then its key head, then its value head.
-    """
-    channels = config.kv_channels
-    queries = config.num_attention_heads // config.num_query_groups * channels
-    height = queries + 2 * channels
-    starts = [group * height for group in range(config.num_query_groups)]
-    return (
-        [(start, start + queries) for start in starts],
-        [(start + queries, start + queries + channels) for start in starts],
-        [(start + queries + channels, start + height) for start in starts],
-    )
 
 
 def _stored(folder: Path, files: list[File]) -> dict[str, DiskTensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import CheckpointError
+from ckpt_tools.layout import Layout
 from ckpt_tools.storage.unpickle import Global
 
 REQUIRED_VALUES = {
@@ -33,6 +34,23 @@ def config_from_args(args: Mapping[str, Any], where: Path) -> LlamaConfig | None
     for name, allowed in REQUIRED_VALUES.items():
         if args.get(name) is not None and args[name] not in allowed:
             raise CheckpointError(f"{where}: its args have {name} = {args[name]!r}, which LLaMA-2 has not")
+    stated = _stated(args)
+    if any(value is None for value in stated.values()):
+        return None
+    optional = {
+        "max_position_embeddings": args.get("max_position_embeddings"),
+        "init_method_std": args.get("init_method_std"),
+    }
+    known = {name: value for name, value in {**stated, **optional}.items() if value is not None}
+    tokens = {name: args[name] for name in ("bos_token_id", "eos_token_id") if name in args}
+    try:
+        return LlamaConfig(**{**known, **tokens})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: its args are impossible: {error}") from None
+
+
+def _stated(args: Mapping[str, Any]) -> dict[str, Any]:
+    """What the args say of each field that shapes the network; None for what they leave out."""
     heads = args.get("num_attention_heads")
     grouped = args.get("num_query_groups") if args.get("group_query_attention", True) else heads
     stated = {
@@ -48,18 +66,19 @@ def config_from_args(args: Mapping[str, Any], where: Path) -> LlamaConfig | None
     }
     if stated["kv_channels"] is None and type(heads) is int and type(stated["hidden_size"]) is int:
         stated["kv_channels"] = stated["hidden_size"] // max(heads, 1)
-    if any(value is None for value in stated.values()):
-        return None
-    optional = {
-        "max_position_embeddings": args.get("max_position_embeddings"),
-        "init_method_std": args.get("init_method_std"),
-    }
-    known = {name: value for name, value in {**stated, **optional}.items() if value is not None}
-    tokens = {name: args[name] for name in ("bos_token_id", "eos_token_id") if name in args}
-    try:
-        return LlamaConfig(**{**known, **tokens})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: its args are impossible: {error}") from None
+    return stated
+
+
+def check_against_args(config: LlamaConfig, args: Mapping[str, Any], where: Path, error: type[CheckpointError]) -> None:
+    """Refuses an architecture that contradicts the args, in what they state of it.
+
+    Raises:
+        CheckpointError: The `error` asked for, naming both values.
+    """
+    for name, theirs in _stated(args).items() if args else ():
+        ours = getattr(config, name)
+        if theirs is not None and theirs != ours:
+            raise error(f"{where}: {name} is {ours} in its config.json, {theirs} in its args")
 
 
 def _first(args: Mapping[str, Any], *names: str) -> Any:
@@ -67,8 +86,9 @@ def _first(args: Mapping[str, Any], *names: str) -> Any:
     return next((args[name] for name in names if args.get(name) is not None), None)
 
 
-def args_for(config: LlamaConfig, tp: int, pp: int, divisible_by: int, dtype: str) -> Namespace:
+def args_for(config: LlamaConfig, layout: Layout, padded_vocab_size: int, dtype: str) -> Namespace:
     """What Megatron-LM's `--use-checkpoint-args` and its checks read, and the names that MindSpeed-LLM adds."""
+    chunks = len(layout.chunks(config.num_layers)[0])
     return Namespace(
         num_layers=config.num_layers,
         encoder_num_layers=config.num_layers,
@@ -96,14 +116,15 @@ def args_for(config: LlamaConfig, tp: int, pp: int, divisible_by: int, dtype: st
         untie_embeddings_and_output_weights=True,
         init_method_std=config.init_method_std,
         vocab_size=config.vocab_size,
-        padded_vocab_size=config.padded_vocab_size(tp, divisible_by),
-        make_vocab_size_divisible_by=divisible_by,
+        padded_vocab_size=padded_vocab_size,
+        make_vocab_size_divisible_by=layout.make_vocab_size_divisible_by or 1,
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=None,
-        num_layers_per_virtual_pipeline_stage=None,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        num_layers_per_virtual_pipeline_stage=layout.num_layers_per_virtual_pipeline_stage,
+        num_layer_list=",".join(map(str, layout.num_layer_list)) if layout.num_layer_list else None,
         params_dtype=Global("torch", dtype),
         fp16=dtype == "float16",
         bf16=dtype == "bfloat16",

@@ -84,7 +84,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class DiskTensor:
-    """A row-major tensor of one or two dimensions, as a byte range of a file. A vector is a column of rows."""
+    """A tensor of one or two dimensions, row by row in a byte range of a file. A vector is a column of rows."""
 
     file: File
     start: int
@@ -93,6 +93,8 @@ class DiskTensor:
     shape: tuple[int, ...]
     name: str
     """What the file calls it."""
+    row_stride: int | None = None
+    """Elements from one row to the next, where its rows are parts of longer ones."""
 
     @property
     def where(self) -> str:
@@ -127,21 +129,31 @@ class DiskTensor:
         dtype = self.numpy_dtype
         width = self.shape[1] if len(self.shape) == 2 else 1
         rows, columns = out.shape
-        row_bytes = width * dtype.itemsize
+        row_bytes = (self.row_stride or width) * dtype.itemsize
         start = self.start + first_row * row_bytes
-        if out.dtype == dtype and columns == width and out.flags.c_contiguous:
+        if out.dtype == dtype and row_bytes == columns * dtype.itemsize and out.flags.c_contiguous:
             self.file.read_into(_bytes_of(out), start)
             return
-        if out.dtype == dtype and 2 * columns <= width and out.strides[1] == dtype.itemsize:
+        narrow = out.dtype == dtype and 2 * columns <= width
+        if narrow or self.row_stride is not None:  # reading the rest of each row would cost more than the calls
             start += first_column * dtype.itemsize
-            for n in range(rows):  # a narrow column: reading the rest of each row would cost more than the calls
-                self.file.read_into(_bytes_of(out[n]), start + n * row_bytes)
+            for n in range(rows):
+                self._read_row(start + n * row_bytes, out[n], scratch)
             return
         step = max(1, BLOCK_BYTES // max(row_bytes, 1))
         for n in range(0, rows, step):
             block = scratch.array(dtype, min(step, rows - n), width)
             self.file.read_into(_bytes_of(block), start + n * row_bytes)
             cast(block[:, first_column : first_column + columns], out[n : n + step], self.where)
+
+    def _read_row(self, start: int, out: Array, scratch: Buffer) -> None:
+        dtype = self.numpy_dtype
+        if out.dtype == dtype and out.strides[0] == dtype.itemsize:
+            self.file.read_into(_bytes_of(out), start)
+            return
+        row = scratch.array(dtype, 1, len(out))
+        self.file.read_into(_bytes_of(row), start)
+        cast(row[0], out, self.where)
 
 
 def _bytes_of(array: Array) -> memoryview:

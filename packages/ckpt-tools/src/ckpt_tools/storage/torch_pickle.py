@@ -57,6 +57,12 @@ class TensorRef:
             expected *= size
         return True
 
+    @property
+    def is_columns(self) -> bool:
+        """Whether it is some columns of a row-major matrix: its rows lie apart."""
+        rows, *columns = self.shape
+        return len(columns) == 1 and self.stride[0] > columns[0] and self.stride[1] == 1 and rows > 0
+
 
 def loads(data: bytes) -> Any:
     """The value of a pickle that torch wrote: tensors are `TensorRef`, other objects inert (see `unpickle.loads`).

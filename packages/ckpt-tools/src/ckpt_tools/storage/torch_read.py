@@ -34,7 +34,8 @@ def read_torch(file: File, start: int = 0, length: int | None = None) -> tuple[A
     tensors = {}
     for path, ref in walk(tree, TensorRef):
         name = ".".join(map(str, path))
-        tensors[path] = DiskTensor(file, _start(file, records, ref, name), ref.dtype, ref.shape, name)
+        row_stride = None if ref.is_contiguous else ref.stride[0]
+        tensors[path] = DiskTensor(file, _start(file, records, ref, name), ref.dtype, ref.shape, name, row_stride)
     return tree, tensors
 
 
@@ -43,8 +44,8 @@ def _start(file: File, records: dict[str, tuple[int, int]], ref: TensorRef, name
     at, size = records.get(f"data/{ref.storage.key}", (0, -1))
     if size < ref.storage.numel * ITEM_SIZE[ref.storage.dtype]:
         raise CheckpointError(f"{file.path}: the bytes of {name} are missing or too few")
-    if not ref.is_contiguous:
-        raise CheckpointError(f"{file.path}: {name} is a strided view: save it again with .contiguous()")
+    if not (ref.is_contiguous or ref.is_columns):
+        raise CheckpointError(f"{file.path}: {name} is a transposed view: save it again with .contiguous()")
     return at + ref.offset * ITEM_SIZE[ref.dtype]
 
 
