@@ -3,7 +3,8 @@
     python benchmarks/convert_checkpoint.py FOLDER [ROUNDS]
 
 FOLDER gets the model (2.2 GB, made once) and the results (removed again). The peers are what copying costs at least:
-`cp`, and safetensors' own load_file + save_file, which imports torch as every other converter does.
+`cp`, with a checksum (torch's zip files hold one of each tensor), and safetensors' own load_file + save_file, which
+imports torch as every other converter does. A second table has every format into every other.
 """
 
 import json
@@ -65,12 +66,44 @@ def main(folder: Path, rounds: int) -> None:
     commands: dict[str, Command] = {
         "safetensors load + save": [sys.executable, "-c", LOAD_AND_SAVE, weights, out],
         "cp": ["cp", weights, out],
+        "cp + checksum": ["sh", "-c", 'cp "$0" "$1" && cksum "$1"', weights, out],
         "Hugging Face -> TP 2 PP 2": [ckpt_tools, "convert", source, out, *to_megatron],
         "TP 2 PP 2 -> Hugging Face": [ckpt_tools, "convert", megatron, out, "--to", "hf"],
         "verify": [ckpt_tools, "verify", source, megatron],
     }
     compare(commands, rounds=rounds, clean=lambda: remove(out))
     remove(megatron)
+    compare_pairs(folder, source)
+
+
+def compare_pairs(folder: Path, source: Path) -> None:
+    """Every format into every other, once each: time, memory, and how often each byte was read and written."""
+    formats = {
+        "hf": ("--to", "hf"),
+        "megatron-core": ("--to", "megatron-core", *LAYOUT),
+        "megatron-core, virtual": ("--to", "megatron-core", *LAYOUT, "--num-layers-per-virtual-pipeline-stage", "1"),
+        "ascendspeed": ("--to", "ascendspeed", *LAYOUT),
+        "ascendspeed-flat, merged": ("--to", "ascendspeed-flat", *LAYOUT, "--merge-mlp"),
+        "deepspeed": ("--to", "deepspeed", *LAYOUT[:2]),
+    }
+    ckpt_tools, made, out = SCRIPTS / "ckpt-tools", folder / "made", folder / "out"
+    print(f"\n{'from':24}  {'to':24}  {'wall s':>6}  {'CPU s':>6}  {'peak MiB':>8}  {'read':>5}  {'written':>7}")
+    for one, options in formats.items():
+        run_once([ckpt_tools, "convert", source, made, *options])
+        size = _bytes_in(made)
+        for other, wanted in formats.items():
+            cost = run_once([ckpt_tools, "convert", made, out, *wanted, "--qkv-order", "megatron"])
+            read, written = cost.read_gb * 1e9 / size, cost.written_gb * 1e9 / _bytes_in(out)
+            print(
+                f"{one:24}  {other:24}  {cost.wall_s:6.2f}  {cost.cpu_s:6.2f}  {cost.peak_mib:8.0f}  "
+                f"{read:4.2f}x  {written:6.2f}x"
+            )
+            remove(out)
+        remove(made)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ class Cost(NamedTuple):
     """User and system, its children's that it waited for among them."""
     peak_mib: float
     """Resident memory of the largest single process, mapped file pages included."""
+    read_gb: float
+    """Bytes that it asked the system for, those of imported modules among them, by /proc/PID/io."""
+    written_gb: float
+    """Bytes that it gave to the system."""
 
 
 def run_once(command: Command) -> Cost:
@@ -36,11 +40,14 @@ def run_once(command: Command) -> Cost:
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
     said = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     wall_s = time.perf_counter() - begin
+    moved = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
+    _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status):
         raise SystemExit(f"{' '.join(map(str, command))}\n{said}")
-    return Cost(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    cpu_s = usage.ru_utime + usage.ru_stime
+    return Cost(wall_s, cpu_s, usage.ru_maxrss / 1024, int(moved["rchar"]) / 1e9, int(moved["wchar"]) / 1e9)
 
 
 def compare(commands: Mapping[str, Command], *, rounds: int, clean: Callable[[], None] = lambda: None) -> None:

@@ -1,9 +1,10 @@
-"""One tensor-parallel rank of megatron-core's own GPTModel on a CPU: loads our file strictly, computes, saves its own.
+"""One rank of megatron-core's own GPTModel on a CPU: loads our file strictly, computes, saves its own.
 
-    RANK=0 WORLD_SIZE=2 ... python megatron_core_rank.py MEGATRON_FOLDER TOKENS.pt OUT {float32,bfloat16}
+    RANK=0 WORLD_SIZE=2 ... python megatron_core_rank.py MEGATRON_FOLDER TOKENS.pt OUT {float32,bfloat16} PP CHUNKS
 
-OUT/logits_R.pt holds this rank's share of the logits, OUT/torch_dist what megatron-core's dist_checkpointing wrote of
-the weights, cast to the type named last.
+PP pipeline stages hold CHUNKS chunks each (of a virtual pipeline, where there are several); the other ranks are
+tensor-parallel. OUT/logits_R.pt holds a last stage's share of the logits, OUT/torch_dist what megatron-core's
+dist_checkpointing wrote of the weights, cast to the type named.
 """
 
 import contextlib
@@ -22,7 +23,8 @@ def pretend_cuda():
     torch.Tensor.cuda = lambda self, *_, **__: self
 
 
-def build(args, layer_spec):
+def build(args, layer_spec, vp_stage=None):
+    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
@@ -39,6 +41,9 @@ def build(args, layer_spec):
         activation_func=torch.nn.functional.silu,
         add_bias_linear=args.add_bias_linear,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -58,11 +63,41 @@ def build(args, layer_spec):
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
         parallel_output=True,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
     )
 
 
-def main(source, tokens_file, out, dtype):
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def load(model, state):
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected, unexpected
+    assert all(name.endswith("_extra_state") for name in missing), missing
+    return model.eval()
+
+
+def run_pipeline(chunks, tokens, parallel_state):
+    """The output of the last chunk: each stage's first one, then each stage's second one, and so on."""
+    stages, stage = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1]).triu(1).bool()
+    output = None
+    for turn, model in enumerate(chunks):
+        if stage or turn:
+            hidden = torch.empty(tokens.shape[1], tokens.shape[0], model.config.hidden_size)
+            torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+            model.set_input_tensor(hidden)
+        output = model(tokens, positions, mask)
+        if stage < stages - 1 or turn < len(chunks) - 1:
+            torch.distributed.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
+    return output
+
+
+def main(source, tokens_file, out, dtype, pp, chunks):
+    rank, world, pp, chunks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(pp.name), int(chunks.name)
     torch.set_num_threads(1)
     pretend_cuda()
     from megatron.core import dist_checkpointing, parallel_state
@@ -72,26 +107,30 @@ def main(source, tokens_file, out, dtype):
     CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()  # there is no dropout to draw for
 
     torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    saved = torch.load(source / f"iter_0000001/mp_rank_{rank:02d}/model_optim_rng.pt", weights_only=False)
-    model = build(saved["args"], get_gpt_layer_local_spec(normalization="RMSNorm"))
-    missing, unexpected = model.load_state_dict(saved["model"], strict=False)
-    assert not unexpected, unexpected
-    assert all(name.endswith("_extra_state") for name in missing), missing
-    model.eval()
-    tokens = torch.load(tokens_file)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    s = tokens.shape[1]
-    mask = torch.ones(1, 1, s, s).triu(1).bool()
+    virtual = {"virtual_pipeline_model_parallel_size": chunks} if chunks > 1 else {}
+    parallel_state.initialize_model_parallel(world // pp, pp, **virtual)
+    tp_rank, stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    name = f"mp_rank_{tp_rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
+    saved = torch.load(source / f"iter_0000001/{name}/model_optim_rng.pt", weights_only=False)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    if chunks > 1:
+        models = [load(build(saved["args"], spec, v), saved[f"model{v}"]) for v in range(chunks)]
+    else:
+        models = [load(build(saved["args"], spec), saved["model"])]
     with torch.no_grad():
-        torch.save(model(tokens, positions, mask), out / f"logits_{rank}.pt")
-    model.to(getattr(torch, dtype.name))
-    folder = out / "torch_dist"
+        logits = run_pipeline(models, torch.load(tokens_file), parallel_state)
+    if stage == pp - 1:
+        torch.save(logits, out / f"logits_{rank}.pt")
+    if pp == 1:
+        save_distributed(models[0].to(getattr(torch, dtype.name)), out / "torch_dist", dist_checkpointing)
+    torch.distributed.destroy_process_group()
+
+
+def save_distributed(model, folder, dist_checkpointing):
     folder.mkdir(exist_ok=True)
     torch.distributed.barrier()
     metadata = {"singleton_local_shards": False}
     dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), str(folder), content_metadata=metadata)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

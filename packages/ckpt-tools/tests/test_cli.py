@@ -65,9 +65,79 @@ def test_the_road_there_and_back(model, tmp_path):
     assert "num_query_groups                       2" in run("inspect", megatron).stdout
     resharded = run("reshard", megatron, tmp_path / "r", "--tensor-model-parallel-size", 4, "--json")
     assert json.loads(resharded.stdout)["format"] == "megatron-core"
+    assert 10e6 < json.loads(resharded.stdout)["peak_rss"] < 150e6
     assert json.loads(run("convert", tmp_path / "r", back, "--to", "hf", "--json").stdout)["tensors"] == 21
     done = run("verify", model, back)
     assert (done.returncode, done.stdout) == (0, "the same model\n")
+
+
+def test_ascendspeeds_own_commands(model, tmp_path):
+    """The two commands of AscendSpeed's recipe, its converter's and that of its tool for other parallel sizes."""
+    converter = [
+        "--input-model-dir",
+        model,
+        "--output-model-dir",
+        tmp_path / "tp2pp2",
+        "--make-vocab-size-divisible-by",
+        8,
+    ]
+    geometry = ["--type", "70B", "--num_heads", 4, "--num_kv_heads", 2, "--hidden_size", 16, "--num_layers", 2]
+    sizes = [
+        "--tensor-model-parallel-size",
+        2,
+        "--pipeline-model-parallel-size",
+        2,
+        "--merge-mlp",
+        "--added-token-num",
+        0,
+    ]
+    done = run("convert", *converter, *sizes, *geometry)
+    assert done.returncode == 0, done.stderr
+    assert ": ascendspeed, " in done.stdout
+    tool = ["--input-model-dir", tmp_path / "tp2pp2/release", "--output-model-dir", tmp_path / "tp2"]
+    sizes = ["--src-tensor-model-parallel-size", 2, "--src-pipeline-model-parallel-size", 2]
+    sizes += ["--tgt-tensor-model-parallel-size", 2, "--tgt-pipeline-model-parallel-size", 1, "--merge-mlp"]
+    vocabulary = ["--orig-vocab-size", 37, "--make-vocab-size-divisible-by", 8]
+    done = run("reshard", *tool, *sizes, *geometry, *vocabulary)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "tp2/release").iterdir()] == ["mp_rank_00", "mp_rank_01"]
+    assert run("verify", tmp_path / "tp2", model).stdout == "the same model\n"
+    done = run("convert", "--input-model-dir", model, "--output-model-dir", tmp_path / "zero", "--deepspeed")
+    assert ": deepspeed, " in done.stdout
+    assert "Megatron's order" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "said"),
+    [
+        ("convert", ["--num_layers", 3], "--num-layers says 3, "),
+        ("convert", ["--type", "7B"], "--type 7B (num_layers) says 32, "),
+        ("convert", ["--num-kv-heads", 4], "--num-kv-heads says 4, "),
+        ("convert", ["--to", "hf", "--deepspeed"], "--deepspeed is --to deepspeed, and --to hf was given too"),
+        ("reshard", ["--orig-vocab-size", 32000], "--orig-vocab-size says 32000, "),
+        ("reshard", ["--src-tensor-model-parallel-size", 2], "--src-tensor-model-parallel-size says 2, "),
+        (
+            "reshard",
+            ["--tensor-model-parallel-size", 4, "--tgt-tensor-model-parallel-size", 2],
+            "--tensor-model-parallel-size is 4, --tgt-tensor-model-parallel-size is 2",
+        ),
+    ],
+)
+def test_contradictions_name_both_values(verb, options, said, model, tmp_path):
+    out = tmp_path / "out"
+    error = fails(2, verb, "--input-model-dir", model, "--output-model-dir", out, *options)
+    assert said in error
+    assert not out.exists()
+    assert "give SRC" in fails(2, verb, "--output-model-dir", out)
+    assert "give one of them" in fails(2, verb, model, out, "--input-model-dir", model)
+
+
+def test_the_table_of_tensors(model):
+    lines = run("inspect", model, "--tensors").stdout.splitlines()
+    assert "model.safetensors  lm_head.weight  [37, 16]  float16" in lines
+    rows = json.loads(run("inspect", model, "--tensors", "--json").stdout)["tensors"]
+    assert len(rows) == 21
+    assert rows[0].keys() == {"file", "name", "shape", "dtype"}
 
 
 def test_mixed_types_are_called_so(tmp_path):

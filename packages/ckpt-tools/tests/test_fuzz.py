@@ -5,14 +5,16 @@ import shutil
 
 import pytest
 import torch
-from ckpt_tools import CheckpointError, convert, open_checkpoint
+from ckpt_tools import CheckpointError, Layout, convert, open_checkpoint
 from models import hf_state, rank_file, small
 from torch.distributed import checkpoint as dcp
 
 ROUNDS = 400
 
 
-@pytest.fixture(params=["safetensors", "config", "bin", "megatron-core", "metadata", "distcp"])
+@pytest.fixture(
+    params=["safetensors", "config", "bin", "megatron-core", "ascendspeed", "deepspeed", "metadata", "distcp"]
+)
 def folder_and_file(request, model, tmp_path):
     """A good checkpoint, and the file of it to damage."""
     kind = request.param
@@ -21,6 +23,9 @@ def folder_and_file(request, model, tmp_path):
     if kind == "megatron-core":
         convert(model, tmp_path / "m", to="megatron-core")
         return tmp_path / "m", rank_file(tmp_path / "m/iter_0000001", 0, 0, 1)
+    if kind in ("ascendspeed", "deepspeed"):
+        convert(model, tmp_path / "m", to=kind, layout=Layout(tensor_model_parallel_size=2))
+        return tmp_path / "m", max((tmp_path / "m").rglob("*.pt"))
     if kind == "bin":
         (model / "model.safetensors").unlink()
         torch.save(hf_state(small()), model / "pytorch_model.bin")

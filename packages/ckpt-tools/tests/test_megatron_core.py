@@ -32,6 +32,7 @@ def test_there_and_back(network, tp, dtype, tmp_path):
     tokens = torch.randint(0, 101, (2, 16))
     torch.save(tokens, tmp_path / "tokens.pt")
     _run_ranks(tp, tmp_path, dtype)
+    assert json.loads((tmp_path / "torch_dist/metadata.json").read_text())["sharded_backend"] == "torch_dist"
 
     logits = torch.cat([torch.load(tmp_path / f"logits_{rank}.pt") for rank in range(tp)], -1)[..., :101]
     with torch.no_grad():
@@ -52,18 +53,40 @@ def test_there_and_back(network, tp, dtype, tmp_path):
     assert part.tobytes() == expected.view(torch.uint8).numpy().tobytes()
 
 
+def test_a_virtual_pipeline(tmp_path):
+    """Two stages of two chunks each: layers in any other order give other logits."""
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 101}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    model.model.layers[1].mlp.down_proj.weight.data *= 30  # so that the order shows
+    model.save_pretrained(tmp_path / "hf")
+    layout = Layout(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
+    convert(tmp_path / "hf", tmp_path / "megatron", to="megatron-core", layout=layout)
+    tokens = torch.randint(0, 101, (2, 16))
+    torch.save(tokens, tmp_path / "tokens.pt")
+    _run_ranks(2, tmp_path, pp=2, chunks=2)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        layers = model.model.layers
+        layers[1], layers[2] = layers[2], layers[1]
+        swapped = model(tokens).logits
+    found = torch.load(tmp_path / "logits_1.pt")
+    assert (found - expected).abs().max() < 1e-5
+    assert (swapped - expected).abs().max() > 1e-3
+
+
 def _add_args(folder, tree):
     """Megatron-LM keeps its args in common.pt."""
     common = torch.load(folder / "common.pt", weights_only=False)
     torch.save({**common, "args": tree["args"]}, folder / "common.pt")
 
 
-def _run_ranks(world, folder, dtype):
+def _run_ranks(world, folder, dtype="float32", pp=1, chunks=1):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("megatron_core_rank.py"))]
-    places = [str(folder / "megatron"), str(folder / "tokens.pt"), str(folder), dtype]
+    places = [str(folder / "megatron"), str(folder / "tokens.pt"), str(folder), dtype, str(pp), str(chunks)]
     ranks = []
     for rank in range(world):
         place = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -75,4 +98,3 @@ def _run_ranks(world, folder, dtype):
         for rank in ranks:
             rank.kill()
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
-    assert json.loads((folder / "torch_dist/metadata.json").read_text())["sharded_backend"] == "torch_dist"

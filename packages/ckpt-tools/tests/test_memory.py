@@ -57,10 +57,19 @@ def _write(folder, config: LlamaConfig):
     return folder
 
 
-@pytest.mark.parametrize("name", ["large", "deep"])
-def test_blocks_are_all_that_is_held(name, request, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "form", "pp"),
+    [
+        ("large", "megatron-core", 1),
+        ("deep", "megatron-core", 8),
+        ("large", "ascendspeed", 1),
+        ("deep", "ascendspeed-flat", 8),
+        ("large", "deepspeed", 1),
+    ],
+)
+def test_blocks_are_all_that_is_held(name, form, pp, request, tmp_path):
     source = request.getfixturevalue(name)
-    there = growth(source, tmp_path / "m", "megatron-core", tp=4, pp=1)
+    there = growth(source, tmp_path / "m", form, tp=4, pp=pp)
     back = growth(tmp_path / "m", tmp_path / "back", "hf")
     assert there < 24 * MIB
     assert back < 24 * MIB

@@ -171,7 +171,7 @@ def test_a_real_tree_is_read():
     assert type(read["kind"]) is Record
 
 
-@pytest.mark.parametrize("kind", ["bin", "megatron-core", "metadata", "distcp", "common"])
+@pytest.mark.parametrize("kind", ["bin", "rank", "deepspeed", "metadata", "distcp", "common"])
 def test_every_pickled_file_is_read_as_data(kind, tmp_path):
     """A hostile pickle in each kind of file: opening the folder fails in one line, and runs nothing."""
     folder = tmp_path / "model"
@@ -179,9 +179,11 @@ def test_every_pickled_file_is_read_as_data(kind, tmp_path):
     (folder / "model.safetensors").unlink()
     if kind == "bin":
         _hostile_zip(folder / "pytorch_model.bin")
-    elif kind == "megatron-core":
+    elif kind == "rank":
         rank_file(folder, 0, 0, 1).parent.mkdir()
         _hostile_zip(rank_file(folder, 0, 0, 1))
+    elif kind == "deepspeed":
+        _hostile_zip(folder / "mp_rank_00_model_states.pt")
     else:
         _hostile_distributed(folder, kind)
     with pytest.raises(CheckpointError):
