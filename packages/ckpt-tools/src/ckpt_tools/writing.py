@@ -104,8 +104,7 @@ def write_checkpoint(
         raise UsageError(f"{format!r} is no format that is written: choose from {', '.join(PLANS)}")
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise UsageError(f"{dtype!r} is no type of weights: choose from {', '.join(WEIGHT_DTYPES)}")
-    if overwrite:
-        _check_replaceable(Path(path).resolve(), files)
+    _check_replaceable(Path(path).resolve(), files)
     source = tensors if isinstance(tensors, Checkpoint) else _Arrays(tensors, config)
     dtypes = {name: dtype or source.tensor_dtype(name).name for name in sharding(config)}
     planned = PLANS[format](config, layout or Layout(), dtypes)
@@ -145,11 +144,13 @@ def _check_replaceable(target: Path, files: Sequence[Path]) -> None:
     stranger = next((name for name in inside if name not in copied and not WRITTEN.fullmatch(name)), None)
     if stranger is not None:
         raise CheckpointError(
-            f"{target} holds {stranger}, which ckpt-tools does not write: --overwrite would delete it; "
+            f"{target} holds {stranger}, which ckpt-tools does not write, and --overwrite would delete: "
             "move it away, or choose another target"
         )
     if target.exists() and not looks_like_checkpoint(target):
-        raise CheckpointError(f"{target} exists and is no checkpoint: --overwrite does not replace it")
+        raise CheckpointError(
+            f"{target} exists and is no checkpoint, which --overwrite does not replace: choose another target"
+        )
 
 
 def _write_companions(folder: Path, texts: Mapping[str, bytes], files: Sequence[Path]) -> None:
