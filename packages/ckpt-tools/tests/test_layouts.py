@@ -263,6 +263,8 @@ class TestOrderOfHeads:
         assert "Megatron's order" in written.notes[0]
         assert verify(ours, self.source, qkv_order="megatron") == []
         assert verify(ours, self.source, qkv_order="ascendspeed") != []
+        convert(self.source, tmp_path / "core", to="megatron-core")  # which has one order, whatever is said
+        assert verify(mixed, tmp_path / "core", config=self.source, qkv_order="ascendspeed") == []
 
     def test_the_reference_decides(self, mixed, tmp_path):
         convert(mixed, tmp_path / "back", to="hf", config=self.source, reference=self.source)

@@ -87,10 +87,11 @@ class Checkpoint:
             raise CheckpointError(f"{path} holds no tensors of a model")
         self._config = _agreed(config, contents.config, path)
         self._rules = {} if self._config is None else sharding(self._config)
-        self._undecided = self._config is not None and qkv_order is None and contents.qkv_is_ambiguous(self._config)
+        ambiguous = self._config is not None and contents.qkv_is_ambiguous(self._config)
+        self._undecided = ambiguous and qkv_order is None
         self._tensors: dict[str, _Tensor] = {}
         if self._config is not None and not self._undecided:
-            placed = contents.place(self._config, qkv_order or "megatron")
+            placed = contents.place(self._config, qkv_order if ambiguous and qkv_order else "megatron")
             self._tensors = _assemble(self._rules, placed, path)
 
     @property

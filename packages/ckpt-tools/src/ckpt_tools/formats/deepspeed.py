@@ -10,7 +10,7 @@ from pathlib import Path
 from ckpt_tools.checkpoint import Contents, closing_on_error
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import UsageError
-from ckpt_tools.formats import ranks
+from ckpt_tools.formats import rank_plans, ranks
 from ckpt_tools.formats.companions import LATEST
 from ckpt_tools.formats.naming import ASCENDSPEED, NAMINGS
 from ckpt_tools.layout import Layout
@@ -56,12 +56,12 @@ def plan(config: LlamaConfig, layout: Layout, dtypes: Mapping[str, str]) -> Plan
     if layout.pipeline_model_parallel_size > 1:
         raise UsageError("the format deepspeed has no pipeline stages: leave out pipeline_model_parallel_size")
     naming = NAMINGS[layout.naming or ASCENDSPEED.label]
-    files = ranks.RankFiles(
+    files = rank_plans.RankFiles(
         naming=naming,
         path=lambda tp, _: f"release/mp_rank_{tp:02d}_model_states.pt",
         root="module",
         head={"checkpoint_version": 3.0, "dp_world_size": 0},
         default_divisor=128,
     )
-    notes = ranks.order_notes(config, layout, naming)
-    return Planned(ranks.plan_files(config, layout, files), {LATEST: b"release\n"}, notes)
+    notes = rank_plans.order_notes(config, layout, naming)
+    return Planned(rank_plans.plan_files(config, layout, files), {LATEST: b"release\n"}, notes)

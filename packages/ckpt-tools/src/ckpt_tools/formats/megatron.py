@@ -8,7 +8,7 @@ from typing import Any
 from ckpt_tools.checkpoint import Contents, closing_on_error
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import UsageError
-from ckpt_tools.formats import ranks
+from ckpt_tools.formats import rank_plans, ranks
 from ckpt_tools.formats.companions import TRACKER
 from ckpt_tools.formats.megatron_args import args_for
 from ckpt_tools.formats.naming import ASCENDSPEED, ASCENDSPEED_FLAT, MEGATRON_CORE, Naming
@@ -62,7 +62,7 @@ def _roots(tree: Mapping[Any, Any]) -> list[str]:
 
 def plan_megatron_core(config: LlamaConfig, layout: Layout, dtypes: Mapping[str, str]) -> Planned:
     """The files of megatron-core's layout, with the `args` that Megatron-LM and MindSpeed-LLM read."""
-    padded = ranks.padded_vocab_size(config, layout, 1)
+    padded = rank_plans.padded_vocab_size(config, layout, 1)
     head = {"args": args_for(config, layout, padded, dtypes[EMBEDDING]), **VERSION, "iteration": 1}
     return _plan(config, layout, MEGATRON_CORE, head)
 
@@ -83,15 +83,15 @@ def _plan(config: LlamaConfig, layout: Layout, naming: Naming, head: Mapping[str
     stages = layout.pipeline_model_parallel_size
     is_core = naming is MEGATRON_CORE
     iteration, tracker = ("iter_0000001", b"1") if is_core else ("release", b"release\n")
-    files = ranks.RankFiles(
+    files = rank_plans.RankFiles(
         naming=naming,
         path=lambda tp, pp: f"{iteration}/{ranks.rank_name(tp, pp, stages)}/{FILE}",
         root="model",
         head=head,
         default_divisor=1 if is_core else 128,
     )
-    notes = ranks.order_notes(config, layout, naming)
-    return Planned(ranks.plan_files(config, layout, files), {TRACKER: tracker}, notes)
+    notes = rank_plans.order_notes(config, layout, naming)
+    return Planned(rank_plans.plan_files(config, layout, files), {TRACKER: tracker}, notes)
 
 
 PLANS: Mapping[str, Plan] = {

@@ -1,39 +1,27 @@
-"""What all layouts have in common that keep a file for each rank: which rank holds what, read and planned."""
+"""Reading what all layouts have in common that keep a file for each rank: which rank holds what."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ckpt_tools.checkpoint import Contents, Piece, view_pieces
+from ckpt_tools.checkpoint import Contents, Piece, QkvOrder, view_pieces
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.formats.companions import stated_config, tokenizer_files
 from ckpt_tools.formats.megatron_args import check_against_args, config_from_args
-from ckpt_tools.formats.naming import LAYER, NO_WEIGHT, KeyPath, Naming, Stored, naming_of
+from ckpt_tools.formats.naming import LAYER, NO_WEIGHT, Naming, naming_of
 from ckpt_tools.layout import Layout
-from ckpt_tools.planning import OutputFile
 from ckpt_tools.shard_rules import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    LAYER_TENSORS,
     QKV,
     ShardRule,
-    View,
     ascendspeed_qkv_view,
     check_tensor_parallel,
     layer_name,
     sharding,
 )
-from ckpt_tools.storage.files import Array, DiskTensor, File
-from ckpt_tools.storage.output import Slot
+from ckpt_tools.storage.files import DiskTensor, File
 from ckpt_tools.storage.torch_read import read_torch
-from ckpt_tools.storage.torch_write import TorchWriter
 from ckpt_tools.storage.unpickle import Record, attributes
 
 UNSTATED = "has no config.json, and no args that state heads, eps, rotary base and true vocabulary size"
@@ -102,42 +90,95 @@ def contents(folder: Path, files: Sequence[File], ranks: Sequence[Rank], format:
         raise CheckpointError(f"{ranks[0].file.path} holds no tensors by names of megatron-core or AscendSpeed")
     tp_size, pp_size = _sizes(ranks)
     _check_ranks(ranks, tp_size, pp_size, folder)
-    layers = _layers(ranks, naming)
-    stated = stated_config(folder)
-    args = ranks[0].args
+    args, stated = ranks[0].args, stated_config(folder)
     from_args = config_from_args(args, folder) if args else None
     if stated:
         check_against_args(stated, args, folder, CheckpointError)
-
-    def place(config: LlamaConfig, qkv_order: str) -> Iterator[tuple[str, Piece]]:
-        check_against_args(config, args, folder, UsageError)
-        check_tensor_parallel(config, tp_size, whole_groups=naming.mixes_groups)
-        count = sum(len(chunk) for stage in layers for chunk in stage)
-        if count != config.num_layers:
-            raise CheckpointError(f"{folder} holds {count} layers, expected {config.num_layers}")
-        rules = sharding(config)
-        for rank in ranks:
-            for chunk, numbers in zip(rank.chunks, layers[rank.pp], strict=True):
-                for name, stored, tensor in _placed(chunk, numbers, naming, rules):
-                    if rank.tp == 0 or rules[name].split_dim is not None:  # the first one's, of what all repeat
-                        view = _view(name, stored, tensor, config, rules[name], rank.tp, tp_size, qkv_order)
-                        yield from ((name, piece) for piece in view_pieces(tensor, view))
-
-    def qkv_is_ambiguous(config: LlamaConfig) -> bool:
-        grouped = config.num_query_groups != config.num_attention_heads
-        return naming.mixes_groups and grouped and config.num_query_groups > tp_size
-
+    found = _Found(folder, ranks, naming, tp_size, _layers(ranks, naming))
     return Contents(
         format=format or naming.label,
         config=stated or from_args,
         missing=UNSTATED,
         files=files,
         tensors=[tensor for rank in ranks for chunk in rank.chunks for tensor in chunk.values()],
-        place=place,
+        place=found.place,
         tokenizer_files=tokenizer_files(folder),
-        layout=_layout(layers, tp_size, ranks[0], naming),
-        qkv_is_ambiguous=qkv_is_ambiguous,
+        layout=found.layout(),
+        qkv_is_ambiguous=found.qkv_is_ambiguous,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """All ranks of a checkpoint, and how the model is split over them."""
+
+    folder: Path
+    ranks: Sequence[Rank]
+    naming: Naming
+    tp_size: int
+    layers: Sequence[Sequence[range]]
+    """Of each chunk: [stage][chunk]."""
+
+    def place(self, config: LlamaConfig, qkv_order: QkvOrder) -> Iterator[tuple[str, Piece]]:
+        """Where each stored tensor belongs: see `Contents`."""
+        check_against_args(config, self.ranks[0].args, self.folder, UsageError)
+        check_tensor_parallel(config, self.tp_size, whole_groups=self.naming.mixes_groups)
+        count = sum(len(chunk) for stage in self.layers for chunk in stage)
+        if count != config.num_layers:
+            raise CheckpointError(f"{self.folder} holds {count} layers, expected {config.num_layers}")
+        rules = sharding(config)
+        for rank in self.ranks:
+            for chunk, layers in zip(rank.chunks, self.layers[rank.pp], strict=True):
+                for joined, tensor in chunk.items():
+                    name, part = self._canonical(joined, tensor, layers, rules)
+                    if rank.tp and rules[name].split_dim is None:
+                        continue  # what all ranks repeat is read from the first
+                    if name.endswith(QKV) and qkv_order == "ascendspeed":
+                        view = ascendspeed_qkv_view(config, rank.tp, self.tp_size)
+                    else:
+                        view = rules[name].view(rank.tp, self.tp_size, self._padded(tensor, rules[name]), part=part)
+                    yield from ((name, piece) for piece in view_pieces(tensor, view))
+
+    def _canonical(
+        self, joined: str, tensor: DiskTensor, layers: range, rules: Mapping[str, ShardRule]
+    ) -> tuple[str, int | None]:
+        """A tensor's canonical name, with layers numbered over the whole model, and the fused part that it is of it."""
+        stored = self.naming.stored(joined)
+        name = stored.name if stored else ""
+        in_layer = LAYER.fullmatch(name)
+        name = layer_name(layers.start + int(in_layer[1]), in_layer[2]) if in_layer else name
+        if stored is None or name not in rules:
+            raise CheckpointError(f"{tensor.where} is none of a LLaMA-2's tensors")
+        return name, stored.part
+
+    def _padded(self, tensor: DiskTensor, rule: ShardRule) -> int | None:
+        """Rows of a vocabulary's table on all ranks together."""
+        if not rule.vocab:
+            return None
+        padded, entries = (*tensor.shape, 0)[0] * self.tp_size, rule.shape[0]
+        if padded < entries:
+            raise CheckpointError(f"{tensor.where} has room for {padded} of {entries} entries")
+        return padded
+
+    def qkv_is_ambiguous(self, config: LlamaConfig) -> bool:
+        """Whether the query heads of several KV heads on a rank may stand in the order of AscendSpeed's converter."""
+        grouped = config.num_query_groups != config.num_attention_heads
+        return self.naming.mixes_groups and grouped and config.num_query_groups > self.tp_size
+
+    def layout(self) -> Layout:
+        """How the files are split, and whose names they have."""
+        counts = tuple(sum(map(len, stage)) for stage in self.layers)
+        stages, is_virtual = len(counts), len(self.layers[0]) > 1
+        chunk = len(self.layers[0][0]) if is_virtual and stages > 1 else 0
+        parts = {stored.part for chunk in self.ranks[0].chunks for stored in map(self.naming.stored, chunk) if stored}
+        return Layout(
+            tensor_model_parallel_size=self.tp_size,
+            pipeline_model_parallel_size=stages,
+            num_layers_per_virtual_pipeline_stage=chunk or None,
+            num_layer_list=counts if len(set(counts)) > 1 and all(counts) and not is_virtual else None,
+            merge_mlp=self.naming.gate_and_up is not None and 0 not in parts,
+            naming=self.naming.label,
+        )
 
 
 def _sizes(ranks: Sequence[Rank]) -> tuple[int, int]:
@@ -188,190 +229,3 @@ def _layers(ranks: Sequence[Rank], naming: Naming) -> list[list[range]]:
             layers[rank.pp].append(range(first, first + len(numbers)))
             first += len(numbers)
     return layers
-
-
-def _layout(layers: Sequence[Sequence[range]], tp_size: int, rank: Rank, naming: Naming) -> Layout:
-    counts = [sum(map(len, stage)) for stage in layers]
-    is_virtual = len(layers[0]) > 1
-    uneven = len(set(counts)) > 1 and all(counts)
-    parts = {stored.part for chunk in rank.chunks for stored in map(naming.stored, chunk) if stored}
-    return Layout(
-        tensor_model_parallel_size=tp_size,
-        pipeline_model_parallel_size=len(layers),
-        num_layers_per_virtual_pipeline_stage=len(layers[0][0]) or None if is_virtual and len(layers) > 1 else None,
-        num_layer_list=tuple(counts) if uneven and not is_virtual else None,
-        merge_mlp=naming.gate_and_up is not None and 0 not in parts,
-        naming=naming.label,
-    )
-
-
-def _placed(
-    chunk: Mapping[str, DiskTensor], layers: range, naming: Naming, rules: Mapping[str, ShardRule]
-) -> Iterator[tuple[str, Stored, DiskTensor]]:
-    """A chunk's tensors with their canonical names, layers numbered over the whole model."""
-    for joined, tensor in chunk.items():
-        stored = naming.stored(joined)
-        if stored is None:
-            raise CheckpointError(f"{tensor.where} is none of a LLaMA-2's tensors")
-        in_layer = LAYER.fullmatch(stored.name)
-        name = layer_name(layers.start + int(in_layer[1]), in_layer[2]) if in_layer else stored.name
-        if name not in rules:
-            raise CheckpointError(f"{tensor.where} is none of this model's tensors")
-        yield name, stored, tensor
-
-
-def _view(
-    name: str,
-    stored: Stored,
-    tensor: DiskTensor,
-    config: LlamaConfig,
-    rule: ShardRule,
-    tp_rank: int,
-    tp_size: int,
-    qkv_order: str,
-) -> View:
-    """The part of the canonical tensor that a rank's tensor holds."""
-    if name.endswith(QKV) and qkv_order == "ascendspeed":
-        return ascendspeed_qkv_view(config, tp_rank, tp_size)
-    padded = (*tensor.shape, 0)[0] * tp_size if rule.vocab else None
-    if padded is not None and padded < config.vocab_size:
-        raise CheckpointError(f"{tensor.where} has room for {padded} of {config.vocab_size} entries")
-    return rule.view(tp_rank, tp_size, padded, part=stored.part)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankFiles:
-    """How a layout keeps its ranks' files."""
-
-    naming: Naming
-    path: Callable[[int, int], str]
-    """The file of a tensor rank and a pipeline stage, relative to the target's folder."""
-    root: str
-    """The key of the model; its chunks in a virtual pipeline are numbered."""
-    head: Mapping[str, Any]
-    """What else the file's dictionary holds."""
-    default_divisor: int
-    """What the vocabulary is padded to multiples of, times the tensor-parallel size, unless told otherwise."""
-
-
-def plan_files(config: LlamaConfig, layout: Layout, files: RankFiles) -> list[list[OutputFile]]:
-    """The files to write: a batch for each pipeline stage, in it a file for each tensor rank.
-
-    Raises:
-        UsageError: The model does not divide into the layout, or would be padding for the most part.
-    """
-    tp_size = layout.tensor_model_parallel_size
-    check_tensor_parallel(config, tp_size, whole_groups=files.naming.mixes_groups)
-    padded = padded_vocab_size(config, layout, files.default_divisor)
-    rules = sharding(config)
-    batches = []
-    for stage, chunks in enumerate(layout.chunks(config.num_layers)):
-        if files.naming.inv_freq and len(chunks) > 1:
-            raise UsageError(f"the format {files.naming.label} has no virtual pipelines")
-        paths = _paths_of_stage(config, chunks, files, layout.merge_mlp)
-        constants = _constants(config, chunks, files)
-        batch = []
-        for rank in range(tp_size):
-            tensors = {
-                ".".join(path): (name, rules[name].view(rank, tp_size, padded, part=part))
-                for path, (name, part) in paths.items()
-            }
-            skeletons = _skeletons(chunks, files)
-            opener = partial(_open_writer, head=files.head, skeletons=skeletons, paths=[*paths, *constants])
-            named = {".".join(path): values for path, values in constants.items()}
-            batch.append(OutputFile(files.path(rank, stage), tensors, opener, named))
-        batches.append(batch)
-    return batches
-
-
-def order_notes(config: LlamaConfig, layout: Layout, naming: Naming) -> tuple[str, ...]:
-    """A warning where AscendSpeed's own converter would have written, and its readers may expect, other QKV rows."""
-    groups = config.num_query_groups // layout.tensor_model_parallel_size
-    if not naming.mixes_groups or config.num_query_groups == config.num_attention_heads or groups <= 1:
-        return ()
-    return (
-        f"the query heads of {groups} KV heads on each rank stand in Megatron's order, which AscendSpeed's network "
-        "computes with; its own converter mixes them up. No file shows the order: read this one with "
-        "--qkv-order megatron",
-    )
-
-
-def padded_vocab_size(config: LlamaConfig, layout: Layout, default_divisor: int) -> int:
-    """Rows of the vocabulary with padding, which is limited: a mistyped number would fill the disk with it.
-
-    Small vocabularies may still be padded by Megatron's usual divisor, 128.
-
-    Raises:
-        UsageError: There would be more padding than vocabulary.
-    """
-    divisor = layout.make_vocab_size_divisible_by or default_divisor
-    padded = config.padded_vocab_size(layout.tensor_model_parallel_size, divisor, layout.added_token_num)
-    if padded > max(2 * config.vocab_size, 128 * layout.tensor_model_parallel_size):
-        raise UsageError(
-            f"{config.vocab_size} vocabulary entries would be padded to {padded}: give a smaller "
-            f"make_vocab_size_divisible_by than {divisor} (times {layout.tensor_model_parallel_size} tensor-parallel "
-            "ranks), or added_token_num"
-        )
-    return padded
-
-
-def _root_of(files: RankFiles, chunks: Sequence[range], chunk: int) -> str:
-    return files.root if len(chunks) == 1 else f"{files.root}{chunk}"
-
-
-def _skeletons(chunks: Sequence[range], files: RankFiles) -> dict[str, Any]:
-    return {_root_of(files, chunks, chunk): copy.deepcopy(files.naming.skeleton) for chunk in range(len(chunks))}
-
-
-def _paths_of_stage(
-    config: LlamaConfig, chunks: Sequence[range], files: RankFiles, merge_mlp: bool
-) -> dict[KeyPath, Stored]:
-    """Every tensor of a stage: the path of its keys in the file, to the canonical tensor and the part."""
-    paths = {}
-    for chunk, layers in enumerate(chunks):
-        root = _root_of(files, chunks, chunk)
-        for path, stored in files.naming.paths(_names_within(config, layers), merge_mlp=merge_mlp):
-            in_layer = LAYER.fullmatch(stored.name)
-            name = layer_name(layers.start + int(in_layer[1]), in_layer[2]) if in_layer else stored.name
-            paths[root, *path] = Stored(name, stored.part)
-    return paths
-
-
-def _names_within(config: LlamaConfig, layers: range) -> Iterator[str]:
-    """The parameters of a chunk, its layers numbered from 0: the first one has the embedding, the last one the head."""
-    if layers.start == 0:
-        yield EMBEDDING
-    for number in range(len(layers)):
-        yield from (layer_name(number, tensor) for tensor in LAYER_TENSORS)
-    if layers.stop == config.num_layers:
-        yield from (FINAL_NORM, HEAD)
-
-
-def _constants(config: LlamaConfig, chunks: Sequence[range], files: RankFiles) -> dict[KeyPath, Array]:
-    """The rotary embedding's frequencies, which layers of the flat layout hold copies of: base^(-2i/d), float32."""
-    if files.naming.inv_freq is None:
-        return {}
-    powers = np.arange(0, config.kv_channels, 2) / config.kv_channels
-    inv_freq = (1.0 / config.rotary_base**powers).astype(np.float32)
-    return {
-        (_root_of(files, chunks, chunk), *files.naming.in_layer(number, files.naming.inv_freq)): inv_freq
-        for chunk, layers in enumerate(chunks)
-        for number in range(len(layers))
-    }
-
-
-def _open_writer(
-    path: Path,
-    slots: Sequence[Slot],
-    *,
-    head: Mapping[str, Any],
-    skeletons: Mapping[str, Any],
-    paths: Sequence[KeyPath],
-) -> TorchWriter:
-    tree: dict[str, Any] = {**head, **skeletons}
-    for (*inner, last), slot in zip(paths, slots, strict=True):
-        place = tree
-        for key in inner:
-            place = place[key]
-        place[last] = slot
-    return TorchWriter(path, tree)
