@@ -3,6 +3,7 @@
 import itertools
 import json
 import tempfile
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
@@ -325,6 +326,19 @@ def test_columns_of_a_wider_matrix_are_read(dtype, tmp_path):
     convert(tmp_path / "m", tmp_path / "back", to="hf", config=source, dtype=dtype)
     convert(source, tmp_path / "expected", to="hf", dtype=dtype)
     assert verify(tmp_path / "back", tmp_path / "expected") == []
+
+
+def test_args_that_say_half_are_compared(tmp_path):
+    """AscendSpeed's trained checkpoints have args, which lack the vocabulary's true size."""
+    config = small(num_query_groups=4)
+    source = write_hf(tmp_path / "hf", config, hf_state(config))
+    trained = ascendspeed.save(tmp_path / "trained", "nested", hf_state(config), config, 1, merge_mlp=True)
+    file = trained / "release/mp_rank_00/model_optim_rng.pt"
+    args = Namespace(num_layers=2, hidden_size=16, num_attention_heads=4, layernorm_epsilon=1e-6)
+    torch.save({**torch.load(file, weights_only=True), "args": args, "iteration": 7}, file)
+    assert inspect(trained)["config"] is None
+    with pytest.raises(UsageError, match="layernorm_epsilon is 1e-05 in the configuration given, 1e-06 in the args"):
+        convert(trained, tmp_path / "out", to="hf", config=source)
 
 
 def test_what_no_file_says_is_asked_for(tmp_path):

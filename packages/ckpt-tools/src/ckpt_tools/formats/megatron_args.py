@@ -69,16 +69,13 @@ def _stated(args: Mapping[str, Any]) -> dict[str, Any]:
     return stated
 
 
-def check_against_args(config: LlamaConfig, args: Mapping[str, Any], where: Path, error: type[CheckpointError]) -> None:
-    """Refuses an architecture that contradicts the args, in what they state of it.
-
-    Raises:
-        CheckpointError: The `error` asked for, naming both values.
-    """
+def contradiction(config: LlamaConfig, args: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first field in which the args, as far as they go, are not of this architecture: name, its value, theirs."""
     for name, theirs in _stated(args).items() if args else ():
         ours = getattr(config, name)
         if theirs is not None and theirs != ours:
-            raise error(f"{where}: {name} is {ours} in its config.json, {theirs} in its args")
+            return name, ours, theirs
+    return None
 
 
 def _first(args: Mapping[str, Any], *names: str) -> Any:

@@ -59,16 +59,20 @@ def plan_files(config: LlamaConfig, layout: Layout, files: RankFiles) -> list[li
             raise UsageError(f"the format {files.naming.label} has no virtual pipelines")
         paths = _paths_of_stage(config, chunks, files, layout.merge_mlp)
         constants = _constants(config, chunks, files)
-        batch = []
-        for rank in range(tp_size):
-            tensors = {
-                ".".join(path): (name, rules[name].view(rank, tp_size, padded, part=part))
-                for path, (name, part) in paths.items()
-            }
-            skeletons = _skeletons(chunks, files)
-            opener = partial(_open_writer, head=files.head, skeletons=skeletons, paths=[*paths, *constants])
-            named = {".".join(path): values for path, values in constants.items()}
-            batch.append(OutputFile(files.path(rank, stage), tensors, opener, named))
+        batch = [
+            OutputFile(
+                path=files.path(rank, stage),
+                tensors={
+                    ".".join(path): (name, rules[name].view(rank, tp_size, padded, part=part))
+                    for path, (name, part) in paths.items()
+                },
+                open=partial(
+                    _open_writer, head=files.head, skeletons=_skeletons(chunks, files), paths=[*paths, *constants]
+                ),
+                constants={".".join(path): values for path, values in constants.items()},
+            )
+            for rank in range(tp_size)
+        ]
         batches.append(batch)
     return batches
 

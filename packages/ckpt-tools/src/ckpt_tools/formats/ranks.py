@@ -9,7 +9,7 @@ from ckpt_tools.checkpoint import Contents, Piece, QkvOrder, view_pieces
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.formats.companions import stated_config, tokenizer_files
-from ckpt_tools.formats.megatron_args import check_against_args, config_from_args
+from ckpt_tools.formats.megatron_args import config_from_args, contradiction
 from ckpt_tools.formats.naming import LAYER, NO_WEIGHT, Naming, naming_of
 from ckpt_tools.layout import Layout
 from ckpt_tools.shard_rules import (
@@ -92,24 +92,24 @@ def contents(folder: Path, files: Sequence[File], ranks: Sequence[Rank], format:
     _check_ranks(ranks, tp_size, pp_size, folder)
     args, stated = ranks[0].args, stated_config(folder)
     from_args = config_from_args(args, folder) if args else None
-    if stated:
-        check_against_args(stated, args, folder, CheckpointError)
-    found = _Found(folder, ranks, naming, tp_size, _layers(ranks, naming))
+    if stated and (found := contradiction(stated, args)):
+        raise CheckpointError(f"{folder}: {found[0]} is {found[1]} in its config.json, {found[2]} in its args")
+    split = _Split(folder, ranks, naming, tp_size, _layers(ranks, naming))
     return Contents(
         format=format or naming.label,
         config=stated or from_args,
         missing=UNSTATED,
         files=files,
         tensors=[tensor for rank in ranks for chunk in rank.chunks for tensor in chunk.values()],
-        place=found.place,
+        place=split.place,
         tokenizer_files=tokenizer_files(folder),
-        layout=found.layout(),
-        qkv_is_ambiguous=found.qkv_is_ambiguous,
+        layout=split.layout(),
+        qkv_is_ambiguous=split.qkv_is_ambiguous,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _Split:
     """All ranks of a checkpoint, and how the model is split over them."""
 
     folder: Path
@@ -121,7 +121,10 @@ class _Found:
 
     def place(self, config: LlamaConfig, qkv_order: QkvOrder) -> Iterator[tuple[str, Piece]]:
         """Where each stored tensor belongs: see `Contents`."""
-        check_against_args(config, self.ranks[0].args, self.folder, UsageError)
+        if found := contradiction(config, self.ranks[0].args):
+            raise UsageError(
+                f"{found[0]} is {found[1]} in the configuration given, {found[2]} in the args of {self.folder}"
+            )
         check_tensor_parallel(config, self.tp_size, whole_groups=self.naming.mixes_groups)
         count = sum(len(chunk) for stage in self.layers for chunk in stage)
         if count != config.num_layers:
