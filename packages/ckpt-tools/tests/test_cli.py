@@ -156,6 +156,8 @@ def test_a_difference_is_exit_code_3(model, tmp_path):
     done = run("verify", model, other, "--json")
     found = json.loads(done.stdout)
     assert (done.returncode, found["same"], len(found["differences"])) == (3, False, 10)
+    assert "NaN" not in done.stdout  # the bits are any at all
+    assert any(difference["max_abs"] == "nan" for difference in found["differences"])
     narrow = write_hf(tmp_path / "narrow", small(vocab_size=36), hf_state(small(vocab_size=36)))
     assert "vocab_size: 37 in the first, 36 in the second" in run("verify", model, narrow).stdout
 

@@ -4,6 +4,7 @@ Nothing heavier than the parser is imported before a verb runs.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -188,7 +189,7 @@ def verify(
 
     differences = run(a, b, tolerance=tolerance, config=config, qkv_order=qkv_order)
     if json:
-        _print_json({"same": not differences, "differences": [asdict(difference) for difference in differences]})
+        _print_json({"same": not differences, "differences": [_jsonable(asdict(found)) for found in differences]})
     elif differences:
         print("\n".join(map(str, differences)))
     else:
@@ -218,6 +219,12 @@ def _print_summary(summary: "Summary", *, as_json: bool) -> None:
         f"{summary.path}: {summary.format}, {summary.tensors:,} tensors, {size:.3f} GB "
         f"in {seconds:.1f} s ({size / seconds:.2f} GB/s), {summary.peak_rss / 1e6:.0f} MB of memory at most"
     )
+
+
+def _jsonable(found: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity, and no number that is none: they are spelled as strings."""
+    strange = {name: str(x) for name, x in found.items() if type(x) is float and not math.isfinite(x)}
+    return found | strange
 
 
 def _print_json(value: dict[str, Any]) -> None:
