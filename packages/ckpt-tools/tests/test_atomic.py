@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from ckpt_tools import (
     CheckpointError,
     Layout,
@@ -86,10 +87,10 @@ def test_only_a_checkpoint_is_overwritten(model, tmp_path):
     (tmp_path / "tokenizer/tokenizer.model").touch()
     (tmp_path / "file").touch()
     for name in ("tokenizer", "file"):
-        with pytest.raises(CheckpointError, match="is no checkpoint"):
+        with pytest.raises(CheckpointError, match=r"is no checkpoint|would not be written again"):
             convert(model, tmp_path / name, to="hf", overwrite=True)
     for target in (model, tmp_path):
-        with pytest.raises(UsageError, match="holds the source"):
+        with pytest.raises(UsageError, match="which is read"):
             convert(model, target, to="hf", overwrite=True)
     assert (tmp_path / "tokenizer/tokenizer.model").exists()
 
@@ -170,6 +171,60 @@ def test_what_a_killed_process_left_is_deleted(model, tmp_path):
     (abandoned / "half").touch()
     convert(model, tmp_path / "out", to="hf")
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_meanwhile_is_left_alone(model, tmp_path, monkeypatch, overwrite):
+    """Somebody makes the target while it is being written."""
+    target = tmp_path / "target"
+    finished = atomic._sync_folders
+
+    def and_meanwhile(folder):
+        finished(folder)
+        if folder.parent == tmp_path:
+            target.mkdir()
+            (target / "thesis.txt").write_text("irreplaceable")
+
+    monkeypatch.setattr(atomic, "_sync_folders", and_meanwhile)
+    with pytest.raises(CheckpointError, match=r"thesis\.txt|in the meantime"):
+        convert(model, target, to="hf", overwrite=overwrite)
+    assert (target / "thesis.txt").read_text() == "irreplaceable"
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("form", ["megatron-core", "deepspeed"])
+def test_a_trained_checkpoint_is_not_overwritten(model, tmp_path, form):
+    """Its files are called like ours, and hold an optimizer."""
+    convert(model, tmp_path / "trained", to=form)
+    file = next((tmp_path / "trained").rglob("*.pt"))
+    torch.save({**torch.load(file, weights_only=False), "optimizer": {"step": 9}}, file)
+    with pytest.raises(CheckpointError, match=r"\.pt holds optimizer, which ckpt-tools does not write"):
+        convert(model, tmp_path / "trained", to=form, overwrite=True)
+    assert torch.load(file, weights_only=False)["optimizer"] == {"step": 9}
+
+
+def test_a_tokenizer_that_would_be_lost_is_kept(model, tmp_path):
+    convert(model, tmp_path / "out", to="hf")
+    (tmp_path / "out/tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds tokenizer\.json, which would not be written again"):
+        convert(model, tmp_path / "out", to="hf", overwrite=True)
+    (model / "tokenizer.json").write_text("{}")
+    convert(model, tmp_path / "out", to="hf", overwrite=True)
+
+
+def test_nothing_that_is_read_is_replaced(model, other, tmp_path):
+    """Through links, as the configuration, as the reference, or by a target inside the source."""
+    (tmp_path / "links").mkdir()
+    for file in model.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    with pytest.raises(UsageError, match=r"holds .*, which is read"):
+        convert(tmp_path / "links", model, to="hf", overwrite=True)
+    for option in ("config", "reference"):
+        with pytest.raises(UsageError, match=r"holds .*, which is read"):
+            convert(model, other, to="hf", overwrite=True, **{option: other})
+    with pytest.raises(UsageError, match="lies in the source's folder"):
+        convert(model, model / "checkpoints", to="megatron-core")
+    assert not (model / "checkpoints").exists()
 
 
 @pytest.mark.timeout(120)

@@ -1,6 +1,8 @@
 """What users meet: downloads that are no weights, shards cut short, tensors missing. One line each, and the fix."""
 
+import io
 import json
+import os
 import shutil
 import struct
 
@@ -52,7 +54,7 @@ def test_a_pointer_in_place_of_a_shard_or_its_index(tmp_path):
     (folder / "model-00002-of-00002.safetensors").write_text(LFS)
     assert "model-00002-of-00002.safetensors is a Git-LFS pointer" in message(open_checkpoint, folder)
     (folder / "model.safetensors.index.json").write_text(PAGE)
-    assert "HTML page" in message(open_checkpoint, folder)
+    assert "HTML or XML page" in message(open_checkpoint, folder)
 
 
 def test_a_pointer_in_place_of_a_ranks_file(megatron):
@@ -102,6 +104,38 @@ def test_headers_that_lie(model, entry):
     header = json.dumps({"lm_head.weight": entry}).encode()
     (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     assert "lm_head.weight" in message(open_checkpoint, model)
+
+
+def test_tensors_that_share_bytes_or_have_no_end_of_dimensions(model):
+    entry = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
+    for header, said in [
+        ({"a": entry, "b": {**entry, "data_offsets": [2, 6]}}, "a and b share bytes"),
+        ({"a": {**entry, "shape": [1] * 100_000}}, "is malformed"),
+    ]:
+        text = json.dumps(header).encode()
+        (model / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+        error = message(open_checkpoint, model)
+        assert said in error
+        assert len(error) < 500
+
+
+def test_what_is_no_file(model):
+    (model / "model.safetensors").unlink()
+    torch.save({"a": {"b": torch.ones(2)}}, model / "pytorch_model.bin")
+    assert "is not a flat dictionary" in message(open_checkpoint, model)
+    (model / "pytorch_model.bin").unlink()
+    folder = model / "mp_rank_00"
+    folder.mkdir()
+    os.mkfifo(folder / "model_optim_rng.pt")
+    assert "model_optim_rng.pt is not a file" in message(open_checkpoint, model)
+
+
+def test_a_pointer_in_place_of_a_tokenizer(model, tmp_path):
+    (model / "tokenizer.model").write_text(LFS)
+    assert "tokenizer.model is a Git-LFS pointer" in message(convert, model, tmp_path / "out", to="megatron-core")
+    (model / "tokenizer.model").write_text("\ufeff<!-- a page -->")
+    assert "tokenizer.model is an HTML" in message(convert, model, tmp_path / "out", to="megatron-core")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("head", [b"\xff" * 8, struct.pack("<Q", 4) + b"[1,]", struct.pack("<Q", 2) + b"[]"])
@@ -160,7 +194,7 @@ def test_ranks_that_are_missing_or_strange(megatron):
     torch.save({**tree, "model": {"language_model": {"embedding": {}}}}, file)
     assert "has no weights in `model`" in message(open_checkpoint, megatron)
     torch.save({**tree, "model": {"language_model": {"output_layer": tree["model"]}}}, file)
-    assert "language_model.output_layer.decoder" in message(open_checkpoint, megatron)
+    assert "which the first rank of its stage has" in message(open_checkpoint, megatron)
     torch.save({"model0": tree["model"], "model1": tree["model"]}, file)
     assert "holds 2 chunks of the model, the first rank 1" in message(open_checkpoint, megatron)
     file.unlink()
@@ -181,6 +215,57 @@ def test_ranks_whose_folders_are_missing(megatron, missing, said):
     assert said in message(open_checkpoint, megatron)
 
 
+def change_args(file, args):
+    tree = torch.load(file, weights_only=False)
+    vars(tree["args"]).update(args)
+    torch.save(tree, file)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"rotary_seq_len_interpolation_factor": 4},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling_type": "yarn"},
+        {"tie_word_embeddings": True},
+        {"swiglu": False},
+    ],
+)
+def test_args_of_another_network(megatron, args):
+    for file in megatron.rglob("*.pt"):
+        change_args(file, args)
+    assert f"its args have {next(iter(args))} = " in message(open_checkpoint, megatron)
+
+
+def test_ranks_that_contradict_each_other(megatron):
+    folder = megatron / "iter_0000001"
+    file = rank_file(folder, 1, 1, 2)
+    good = file.read_bytes()
+    change_args(file, {"num_layers": 9})
+    assert "mp_rank_01_001/model_optim_rng.pt has other args than" in message(open_checkpoint, megatron)
+    tree = torch.load(io.BytesIO(good), weights_only=False)
+    norm = "decoder.final_layernorm.weight"
+    torch.save({**tree, "model": {**tree["model"], norm: torch.ones(7)}}, file)
+    assert "has shape [7], expected [16]" in message(open_checkpoint, megatron)
+    tree["model"].pop(norm)
+    torch.save(tree, file)
+    assert f"mp_rank_01_001/model_optim_rng.pt lacks {norm}" in message(open_checkpoint, megatron)
+    file.write_bytes(good)
+    shutil.copytree(folder / "mp_rank_00_000", folder / "mp_rank_00")
+    assert "mp_rank_00_000 are of one rank" in message(open_checkpoint, megatron)
+    (folder / "mp_rank_00").rename(folder / "mp_rank_00_000.bak")
+    assert "mp_rank_00_000.bak is no rank" in message(open_checkpoint, megatron, error=UsageError)
+
+
+def test_an_optimizers_tensors_are_of_no_interest(megatron):
+    for file in megatron.rglob("*.pt"):
+        tree = torch.load(file, weights_only=False)
+        tree["optimizer"] = {"transposed": torch.ones(3, 4).T, "complex": torch.ones(2, dtype=torch.complex64)}
+        torch.save(tree, file)
+    with open_checkpoint(megatron) as checkpoint:
+        assert checkpoint.config == small()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -190,10 +275,8 @@ def test_ranks_whose_folders_are_missing(megatron, missing, said):
     ],
 )
 def test_args_that_are_impossible(megatron, args, said):
-    file = rank_file(megatron / "iter_0000001", 0, 0, 2)
-    tree = torch.load(file, weights_only=False)
-    vars(tree["args"]).update(args)
-    torch.save(tree, file)
+    for file in megatron.rglob("*.pt"):
+        change_args(file, args)
     assert f"iter_0000001: its args are impossible: {said}" in message(open_checkpoint, megatron)
 
 
@@ -214,6 +297,26 @@ def test_release_and_run_folders_are_found(megatron, tmp_path):
     with open_checkpoint(tmp_path / "run") as checkpoint:
         assert checkpoint.path == tmp_path / "run/checkpoints/release"
         assert checkpoint.layout.pipeline_model_parallel_size == 2
+
+
+@pytest.mark.parametrize("tracker", ["latest", "checkpoints/latest_checkpointed_iteration.txt"])
+def test_a_folders_own_weights_come_first(model, tmp_path, tracker):
+    """Hugging Face's trainer leaves DeepSpeed's files beside the model; a run may lie inside of a model's folder."""
+    other = write_hf(tmp_path / "other", small(num_layers=3), hf_state(small(num_layers=3)))
+    convert(other, tmp_path / "inner", to="deepspeed" if tracker == "latest" else "megatron-core")
+    if tracker == "latest":
+        shutil.copytree(tmp_path / "inner/release", model / "release")
+        shutil.copy(tmp_path / "inner/latest", model)
+    else:
+        shutil.copytree(tmp_path / "inner", model / "checkpoints")
+    found = inspect(model)
+    assert (found["format"], found["config"]["num_layers"]) == ("hf", 2)
+
+
+def test_counts_beyond_reason_are_refused(model):
+    config = {**small().to_hf("float16"), "num_attention_heads": 10**9, "num_key_value_heads": 10**9}
+    (model / "config.json").write_text(json.dumps(config))
+    assert "num_attention_heads is 1000000000: it must be 16384 at most" in message(open_checkpoint, model)
 
 
 def test_a_distributed_save_that_did_not_finish(tmp_path):

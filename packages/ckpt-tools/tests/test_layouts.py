@@ -279,6 +279,10 @@ class TestOrderOfHeads:
         assert verify(tmp_path / "by-near", self.source) == []
         stranger = {name: torch.randn(tensor.shape) for name, tensor in self.state.items()}
         other = write_hf(tmp_path / "other", self.CONFIG, stranger)
+        with pytest.raises(UsageError, match="give one of them"):
+            open_checkpoint(mixed, qkv_order="megatron", reference=other)
+        with pytest.raises(UsageError, match="no order of heads"):
+            open_checkpoint(mixed, qkv_order="ascend-speed")
         with pytest.raises(UsageError, match="in neither order"):
             convert(mixed, tmp_path / "none", to="hf", config=self.source, reference=other)
         wide = small(num_layers=2, num_attention_heads=8, num_query_groups=2, kv_channels=2, ffn_hidden_size=32)
@@ -326,6 +330,17 @@ def test_columns_of_a_wider_matrix_are_read(dtype, tmp_path):
     convert(tmp_path / "m", tmp_path / "back", to="hf", config=source, dtype=dtype)
     convert(source, tmp_path / "expected", to="hf", dtype=dtype)
     assert verify(tmp_path / "back", tmp_path / "expected") == []
+
+
+def test_what_ascendspeed_trained_is_read(tmp_path):
+    """Its args call its own network by the defaults of options that it does not look at."""
+    config = small(num_query_groups=4)
+    source = write_hf(tmp_path / "hf", config, hf_state(config))
+    trained = ascendspeed.save(tmp_path / "trained", "nested", hf_state(config), config, 1, merge_mlp=True)
+    file = trained / "release/mp_rank_00/model_optim_rng.pt"
+    args = Namespace(num_layers=2, swiglu=False, normalization="LayerNorm", position_embedding_type="absolute")
+    torch.save({**torch.load(file, weights_only=True), "args": args, "iteration": 7, "optimizer": {}}, file)
+    assert verify(trained, source, config=source) == []
 
 
 def test_args_that_say_half_are_compared(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ckpt_tools import Layout, convert, open_checkpoint, reshard, sharding, verify
+from ckpt_tools import Layout, UsageError, convert, open_checkpoint, reshard, sharding, verify
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import hf_shapes, hf_state, megatron_state, rank_file, read_hf, same_bits, small, write_hf
@@ -125,6 +125,30 @@ def test_a_shard_is_what_the_rank_holds(model):
             for name in sharding(config):
                 array = checkpoint.read_shard(name, t, 2, padded_vocab_size=64)
                 assert same_bits(torch.from_numpy(array), expected[name])
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 3), (9, 4), (-1, 2), (0, 0)])
+def test_a_shard_of_a_rank_that_cannot_be(model, rank, size):
+    with open_checkpoint(model) as checkpoint:
+        for name in ("output_layer.weight", "decoder.final_layernorm.weight"):
+            with pytest.raises(UsageError):
+                checkpoint.read_shard(name, rank, size)
+
+
+def test_the_same_strange_numbers_are_no_difference(tmp_path):
+    """Infinities and what is no number, in two types, and beside a number within the tolerance."""
+    config = small()
+    state = {name: torch.ones(shape) for name, shape in hf_shapes(config).items()}
+    state["lm_head.weight"][0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    one = write_hf(tmp_path / "one", config, state)
+    half = write_hf(tmp_path / "half", config, {name: tensor.half() for name, tensor in state.items()})
+    assert verify(one, half) == []
+    state["lm_head.weight"][1, 1] += 0.01
+    near = write_hf(tmp_path / "near", config, state)
+    assert [difference.count for difference in verify(one, near)] == [1]
+    assert verify(one, near, tolerance=0.1) == []
+    state["lm_head.weight"][0, 1] = -float("inf")
+    assert len(verify(one, write_hf(tmp_path / "far", config, state), tolerance=0.1)) == 1
 
 
 @given(st.data())

@@ -17,7 +17,7 @@ from ckpt_tools.config import LlamaConfig
 from ckpt_tools.dtypes import DType
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.layout import Layout
-from ckpt_tools.shard_rules import Range, ShardRule, View, sharding
+from ckpt_tools.shard_rules import Range, ShardRule, View, check_tensor_parallel, sharding
 from ckpt_tools.storage.files import Array, Buffer, DiskTensor, File, close_all
 
 QkvOrder = Literal["megatron", "ascendspeed"]
@@ -118,6 +118,11 @@ class Checkpoint:
             sizes[tensor.dtype] += prod(tensor.shape)
         return sizes.most_common(1)[0][0]
 
+    @property
+    def file_paths(self) -> list[Path]:
+        """The files that hold the weights."""
+        return [file.path for file in self._files]
+
     def names(self) -> list[str]:
         """The canonical names, in the order in which the model uses them."""
         self.config  # noqa: B018  (says what is missing)
@@ -179,9 +184,12 @@ class Checkpoint:
             `out`, or a new array of the stored type.
 
         Raises:
-            CheckpointError: As for `read`; also where the tensor does not divide among the ranks.
+            CheckpointError: As for `read`; also where the model does not divide among the ranks.
         """
         dtype = self.tensor_dtype(name)
+        check_tensor_parallel(self.config, tp_size)
+        if not 0 <= tp_rank < tp_size:
+            raise UsageError(f"there is no tensor-parallel rank {tp_rank} of {tp_size}")
         view = self._rules[name].view(tp_rank, tp_size, padded_vocab_size)
         out = np.empty(view.shape, dtype) if out is None else out
         if out.shape != view.shape:

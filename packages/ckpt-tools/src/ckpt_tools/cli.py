@@ -171,6 +171,7 @@ def verify(
     tolerance: float = 0.0,
     config: ConfigPath = None,
     qkv_order: QkvOrder = None,
+    reference: ConfigPath = None,
     json: bool = False,
 ) -> int:
     """Compares two checkpoints tensor by tensor, across formats and layouts. Exit code 3 if they differ.
@@ -181,13 +182,14 @@ def verify(
         tolerance: Largest absolute difference of an element that passes; 0 asks for the same bits.
         config: A Hugging Face folder that states the architecture, for checkpoints that do not.
         qkv_order: The order of the query heads, for AscendSpeed's layouts with several KV heads on each rank.
+        reference: A Hugging Face folder of the model that such a checkpoint was made from: its weights decide it.
         json: Print the result as JSON.
     """
     from dataclasses import asdict
 
     from ckpt_tools.verification import verify as run
 
-    differences = run(a, b, tolerance=tolerance, config=config, qkv_order=qkv_order)
+    differences = run(a, b, tolerance=tolerance, config=config, qkv_order=qkv_order, reference=reference, progress=True)
     if json:
         _print_json({"same": not differences, "differences": [_jsonable(asdict(found)) for found in differences]})
     elif differences:

@@ -89,7 +89,7 @@ class LlamaConfig:
         heads = known["num_attention_heads"]
         known["num_query_groups"] = stated.get("num_key_value_heads") or heads
         try:
-            known["kv_channels"] = stated.get("head_dim") or known["hidden_size"] // heads
+            known["kv_channels"] = stated.get("head_dim") or known["hidden_size"] // (heads or 1)
             known["rotary_base"] = _rope(stated, where).get("rope_theta", 10000.0)
             known["max_position_embeddings"] = stated.get("max_position_embeddings", 2048)
             known["layernorm_epsilon"] = stated.get("rms_norm_eps", 1e-6)  # the defaults here are transformers'
@@ -161,7 +161,7 @@ SIZES = (
 CONSTANTS = ("rotary_base", "layernorm_epsilon")
 """The fields that no tensor shows, but that every logit depends on."""
 
-LIMITS = {"num_layers": 2**14, "max_position_embeddings": 2**24}
+LIMITS = {"num_layers": 2**14, "num_attention_heads": 2**14, "max_position_embeddings": 2**24}
 """More than any real model has, less than what takes all time and memory before a tensor is seen to be missing."""
 
 FIELDS = tuple(field.name for field in fields(LlamaConfig))

@@ -1,6 +1,8 @@
 """`convert`: a checkpoint of one format and layout into one of another."""
 
+import os
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from ckpt_tools.formats.companions import generation_config
 from ckpt_tools.formats.naming import MEGATRON_CORE
 from ckpt_tools.layout import Layout
 from ckpt_tools.opening import open_checkpoint
+from ckpt_tools.storage.files import refuse_stand_in
 from ckpt_tools.writing import PLANS, Summary, write_checkpoint
 
 
@@ -50,8 +53,10 @@ def convert(
     """
     known = LlamaConfig.from_hf(config) if config else None
     with open_checkpoint(source, known, qkv_order=qkv_order, reference=reference) as checkpoint:
-        _refuse_the_source(checkpoint, Path(target))
+        _refuse_sources(checkpoint, Path(target), (config, reference))
         files = (*checkpoint.tokenizer_files, *generation_config(checkpoint.path))
+        for file in files:
+            refuse_stand_in(file)
         hidden = not (progress and sys.stderr.isatty())
         with tqdm(unit="B", unit_scale=True, disable=hidden, desc=to, leave=False) as bar:
             return write_checkpoint(
@@ -108,7 +113,18 @@ def reshard(
     )
 
 
-def _refuse_the_source(checkpoint: Checkpoint, target: Path) -> None:
-    place, source = target.resolve(), checkpoint.path.resolve()
-    if place == source or place in source.parents:
-        raise UsageError(f"{target} holds the source: choose another target")
+def _refuse_sources(checkpoint: Checkpoint, target: Path, others: Iterable[str | Path | None]) -> None:
+    """Refuses a target that holds something that is read, or lies in the source's own folder.
+
+    Raises:
+        UsageError: Naming what it would replace.
+    """
+    place = Path(os.path.realpath(target))
+    folder = Path(os.path.realpath(checkpoint.path))
+    given = [Path(path) for path in others if path is not None]
+    for path in (folder, *checkpoint.file_paths, *checkpoint.tokenizer_files, *given):
+        source = Path(os.path.realpath(path))
+        if place == source or place in source.parents:
+            raise UsageError(f"{target} holds {source}, which is read: choose another target")
+    if folder in place.parents:
+        raise UsageError(f"{target} lies in the source's folder {folder}: choose another target")

@@ -8,6 +8,8 @@ import numpy as np
 DType = np.dtype[Any]
 
 ITEM_SIZE = {
+    "complex128": 16,
+    "complex64": 8,
     "float64": 8,
     "float32": 4,
     "float16": 2,

@@ -43,6 +43,12 @@ def open_checkpoint(
         UsageError: `config` contradicts what the folder states, the format is not read yet, or `reference` is another
             model.
     """
+    if qkv_order not in (None, *orders.ORDERS):
+        raise UsageError(f"{qkv_order!r} is no order of heads: choose from {', '.join(orders.ORDERS)}")
+    if qkv_order and reference:
+        raise UsageError(
+            f"the order of heads is given as {qkv_order}, and {reference} is to decide it: give one of them"
+        )
     folder = resolve(Path(path))
     contents = _contents(folder)
     try:
@@ -62,7 +68,7 @@ def _decided(folder: Path, contents: Contents, config: LlamaConfig, reference: s
 
 
 def resolve(path: Path) -> Path:
-    """The folder that holds the files themselves: follows the tracker of a run, of Megatron's or of DeepSpeed's.
+    """The folder that holds the files themselves: this one, or what a tracker (of a run, too) names.
 
     Raises:
         CheckpointError: There is no such folder, or the tracker names none.
@@ -72,6 +78,8 @@ def resolve(path: Path) -> Path:
         raise CheckpointError(f"{path} does not exist")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file: give the checkpoint's folder")
+    if any(recognise(path) for recognise, _ in READERS):
+        return path
     for folder in (path / "checkpoints", path):
         if (folder / TRACKER).is_file() or (folder / LATEST).is_file():
             return _tracked(folder)

@@ -141,6 +141,8 @@ def check_tensor_parallel(config: LlamaConfig, tp_size: int, *, whole_groups: bo
     Raises:
         UsageError: Naming both numbers.
     """
+    if tp_size < 1:
+        raise UsageError(f"the tensor-parallel size is {tp_size}: it must be positive")
     shared_out = {"attention heads": config.num_attention_heads, "feed-forward channels": config.ffn_hidden_size}
     for what, count in shared_out.items():
         if count % tp_size:

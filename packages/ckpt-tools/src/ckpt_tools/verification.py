@@ -2,12 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ckpt_tools.checkpoint import Checkpoint, QkvOrder
 from ckpt_tools.config import LlamaConfig
@@ -51,6 +54,8 @@ def verify(
     limit: int = 10,
     config: str | Path | None = None,
     qkv_order: QkvOrder | None = None,
+    reference: str | Path | None = None,
+    progress: bool = False,
 ) -> list[Difference]:
     """The first differences between two checkpoints: none if they hold the same model.
 
@@ -63,7 +68,9 @@ def verify(
         tolerance: Largest absolute difference that passes.
         limit: Differences to find before stopping.
         config: A Hugging Face folder that states the architecture, for checkpoints that do not.
-        qkv_order: See `open_checkpoint`.
+        qkv_order: See `open_checkpoint`; for the one of the two that asks for it.
+        reference: Likewise.
+        progress: Show a bar on stderr, if that is a terminal.
 
     Raises:
         CheckpointError: One of them cannot be read.
@@ -72,20 +79,26 @@ def verify(
     if not 0 <= tolerance < math.inf:  # so that not-a-number fails too
         raise UsageError(f"tolerance is {tolerance}: it must be a finite number, 0 or more")
     known = LlamaConfig.from_hf(config) if config else None
-    first = open_checkpoint(a, known, qkv_order=qkv_order)
-    with first, open_checkpoint(b, known, qkv_order=qkv_order) as second:
+    first = open_checkpoint(a, known, qkv_order=qkv_order, reference=reference)
+    with first, open_checkpoint(b, known, qkv_order=qkv_order, reference=reference) as second:
         fields = first.config.differences(second.config)
         if fields:
             return [Difference(name, *values) for name, values in fields.items()]
-        return list(itertools.islice(_tensor_differences(first, second, tolerance), limit))
+        total = sum(prod(first.shape(name)) * first.tensor_dtype(name).itemsize for name in first.names())
+        hidden = not (progress and sys.stderr.isatty())
+        with tqdm(total=total, unit="B", unit_scale=True, disable=hidden, desc="verify", leave=False) as bar:
+            return list(itertools.islice(_tensor_differences(first, second, tolerance, bar.update), limit))
 
 
-def _tensor_differences(first: Checkpoint, second: Checkpoint, tolerance: float) -> Iterator[Difference]:
+def _tensor_differences(
+    first: Checkpoint, second: Checkpoint, tolerance: float, advance: Callable[[int], object]
+) -> Iterator[Difference]:
     buffers = Buffer(), Buffer()
     for name in first.names():
         found = _Found(name)
         for row, one, other in _blocks(name, first, second, buffers):
             found.add(row, one, other, tolerance)
+            advance(one.nbytes)
         if found.count:
             yield found.difference(len(first.shape(name)))
 
@@ -124,7 +137,8 @@ class _Found:
             return
         with np.errstate(invalid="ignore"):
             distance = np.abs(one.astype(np.float64) - other.astype(np.float64))
-        apart = ~(distance <= tolerance)
+        same = (one == other) | (np.isnan(one) & np.isnan(other))  # infinities too, whose distance is no number
+        apart = ~(distance <= tolerance) & ~same
         if same_type and not tolerance:
             apart = _bits(one) != _bits(other)
         if not apart.any():

@@ -1,9 +1,11 @@
 """`write_checkpoint`: a model's tensors, from wherever they can be read, into a new folder of any written format."""
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -21,15 +23,18 @@ from ckpt_tools.opening import looks_like_checkpoint
 from ckpt_tools.planning import OutputFile, Plan, Planned, TensorWriter
 from ckpt_tools.shard_rules import EMBEDDING, Range, View, sharding
 from ckpt_tools.storage.atomic import new_folder
-from ckpt_tools.storage.files import BLOCK_BYTES, Array, Buffer, cast
+from ckpt_tools.storage.files import BLOCK_BYTES, Array, Buffer, File, cast
 from ckpt_tools.storage.output import Slot, encode_json, write_file
+from ckpt_tools.storage.torch_read import read_torch
 
 PLANS: Mapping[str, Plan] = {hf.FORMAT: hf.plan, **megatron.PLANS, deepspeed.FORMAT: deepspeed.plan}
 """The formats that are written."""
 
-_COMPANIONS = map(re.escape, (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES))
+_COMPANIONS = map(re.escape, (CONFIG, GENERATION_CONFIG))
 WRITTEN = re.compile("|".join((hf.WRITTEN, megatron.WRITTEN, deepspeed.WRITTEN, *_COMPANIONS)))
-"""Every path, relative to the target's folder, that a conversion writes."""
+"""Every path, relative to the target's folder, that a conversion writes, whatever it copies."""
+WRITTEN_KEYS = re.compile(r"args|checkpoint_version|iteration|model\d*|module|dp_world_size")
+"""Of the dictionary in a rank's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +109,14 @@ def write_checkpoint(
         raise UsageError(f"{format!r} is no format that is written: choose from {', '.join(PLANS)}")
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise UsageError(f"{dtype!r} is no type of weights: choose from {', '.join(WEIGHT_DTYPES)}")
-    _check_replaceable(Path(path).resolve(), files)
     source = tensors if isinstance(tensors, Checkpoint) else _Arrays(tensors, config)
     dtypes = {name: dtype or source.tensor_dtype(name).name for name in sharding(config)}
     planned = PLANS[format](config, layout or Layout(), dtypes)
     sizes = [*_sizes(planned, dtypes)]
     if progress is not None:
         progress.reset(total=sum(sizes))
-    with new_folder(Path(path), overwrite=overwrite) as folder:
+    check = partial(_check_replaceable, copied={file.name for file in files})
+    with new_folder(Path(path), overwrite=overwrite, check=check) as folder:
         copier = _Copier(source, dtypes, progress.update if progress is not None else lambda _: None)
         for batch in planned.batches:
             _write_batch(folder, batch, copier, dtypes)
@@ -133,24 +138,40 @@ def _peak_rss() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
-def _check_replaceable(target: Path, files: Sequence[Path]) -> None:
-    """Refuses to delete what a conversion cannot have written: notes, other weights, a training run.
+def _check_replaceable(target: Path, copied: Collection[str]) -> None:
+    """Refuses to delete what a conversion cannot have written, or would not write again: notes, a training run.
 
     Raises:
         CheckpointError: Naming what is in the way.
     """
-    copied = {file.name for file in files}
     inside = (path.relative_to(target).as_posix() for path in target.rglob("*"))
     stranger = next((name for name in inside if name not in copied and not WRITTEN.fullmatch(name)), None)
     if stranger is not None:
+        why = "would not be written again" if stranger in TOKENIZER_FILES else "ckpt-tools does not write"
         raise CheckpointError(
-            f"{target} holds {stranger}, which ckpt-tools does not write, and --overwrite would delete: "
+            f"{target} holds {stranger}, which {why}, and --overwrite would delete: "
             "move it away, or choose another target"
         )
+    for file in target.rglob("*.pt"):
+        if keys := _trained_keys(file):
+            raise CheckpointError(
+                f"{file} holds {keys[0]}, which ckpt-tools does not write, and --overwrite would delete a training "
+                "run's state: move it away, or choose another target"
+            )
     if target.exists() and not looks_like_checkpoint(target):
         raise CheckpointError(
             f"{target} exists and is no checkpoint, which --overwrite does not replace: choose another target"
         )
+
+
+def _trained_keys(path: Path) -> list[str]:
+    """What a rank's file holds beside what a conversion writes: an optimizer, random states. None if it is broken."""
+    try:
+        with contextlib.closing(File(path)) as file:
+            tree, _ = read_torch(file, roots=lambda _: [])
+    except CheckpointError:
+        return []
+    return [str(key) for key in tree if not WRITTEN_KEYS.fullmatch(str(key))] if type(tree) is dict else []
 
 
 def _write_companions(folder: Path, texts: Mapping[str, bytes], files: Sequence[Path]) -> None:

@@ -16,7 +16,7 @@ from ckpt_tools.config import LlamaConfig
 from ckpt_tools.dtypes import ITEM_SIZE
 from ckpt_tools.errors import CheckpointError
 from ckpt_tools.formats.companions import stated_config, tokenizer_files
-from ckpt_tools.formats.megatron_args import config_from_args
+from ckpt_tools.formats.megatron_args import config_from_args, refuse_other_networks
 from ckpt_tools.formats.naming import MEGATRON_CORE
 from ckpt_tools.shard_rules import ShardRule, layer_name, sharding
 from ckpt_tools.storage import torch_pickle
@@ -52,7 +52,10 @@ def open_distributed(folder: Path) -> Contents:
         CheckpointError: The save did not finish, or something is missing or broken.
     """
     if not (folder / LAST_WRITTEN).is_file():
-        raise CheckpointError(f"{folder} has no {LAST_WRITTEN}, which is written last: the save did not finish")
+        raise CheckpointError(
+            f"{folder} has no {LAST_WRITTEN}, which megatron-core writes last: the save did not finish, or was another "
+            "tool's"
+        )
     files: dict[str, File] = {}
     opened: list[File] = []
     with closing_on_error(opened):
@@ -183,4 +186,8 @@ def _config_of_common(folder: Path) -> LlamaConfig | None:
     finally:
         file.close()
     args = tree.get("args") if type(tree) is dict else None
-    return config_from_args(attributes(args, "Namespace"), folder) if type(args) is Record else None
+    if type(args) is not Record:
+        return None
+    stated = attributes(args, "Namespace")
+    refuse_other_networks(stated, folder)
+    return config_from_args(stated, folder)

@@ -96,11 +96,11 @@ def hf_tensors(config: LlamaConfig) -> dict[str, tuple[str, View]]:
         return name, View(tuple(ranges), (0, shapes[name][1]))
 
     ffn = config.ffn_hidden_size
+    query, key, value = qkv_rows(config)
     tensors = {"model.embed_tokens.weight": whole(EMBEDDING)}
     for n in range(config.num_layers):
         at = f"model.layers.{n}"
         qkv, fc1 = layer_name(n, QKV), layer_name(n, FC1)
-        query, key, value = qkv_rows(config)
         tensors |= {
             f"{at}.input_layernorm.weight": whole(layer_name(n, INPUT_NORM)),
             f"{at}.self_attn.q_proj.weight": rows(qkv, query),
@@ -147,7 +147,7 @@ def _tensors_of(path: Path, files: list[File]) -> dict[str, DiskTensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(file)
     tree, tensors = read_torch(file)
-    if type(tree) is not dict or len(tensors) != len(tree):
+    if type(tree) is not dict or len(tensors) != len(tree) or any(len(keys) > 1 for keys in tensors):
         raise CheckpointError(f"{path} is not a flat dictionary of tensors")
     return {str(key): tensor for (key,), tensor in tensors.items()}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ckpt_tools.checkpoint import Contents, closing_on_error
 from ckpt_tools.config import LlamaConfig
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.formats import rank_plans, ranks
 from ckpt_tools.formats.companions import TRACKER
 from ckpt_tools.formats.megatron_args import args_for
@@ -45,12 +45,15 @@ def open_megatron(folder: Path) -> Contents:
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
-    found = {}
+    found: dict[tuple[int, int], Path] = {}
     for child in sorted(folder.glob("mp_rank_*")):
         named = RANK_FOLDER.fullmatch(child.name)
         if not named:
-            raise UsageError(f"{child}: expert parallelism is not read")
-        found[int(named[1]), int(named[2] or 0)] = child / FILE
+            raise UsageError(f"{child} is no rank of tensors and pipeline stages (experts are not read): move it away")
+        rank = int(named[1]), int(named[2] or 0)
+        if rank in found:
+            raise CheckpointError(f"{found[rank].parent} and {child} are of one rank: move one of them away")
+        found[rank] = child / FILE
     return found
 
 

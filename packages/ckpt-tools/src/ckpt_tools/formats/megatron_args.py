@@ -21,19 +21,31 @@ REQUIRED_VALUES = {
     "qk_layernorm": (False,),
     "apply_layernorm_1p": (False,),
     "num_experts": (),
+    "tie_word_embeddings": (False,),
+    "rotary_seq_len_interpolation_factor": (1, 1.0),
+    "rope_scaling": (),
+    "rope_scaling_type": (),
 }
 """What LLaMA-2 has for the args that would make it another network; None and absence pass."""
+
+
+def refuse_other_networks(args: Mapping[str, Any], where: Path) -> None:
+    """Refuses what is no LLaMA-2 by megatron-core's args. AscendSpeed's say nothing true of it: its network is fixed.
+
+    Raises:
+        CheckpointError: They state another kind of network.
+    """
+    for name, allowed in REQUIRED_VALUES.items():
+        if args.get(name) is not None and args[name] not in allowed:
+            raise CheckpointError(f"{where}: its args have {name} = {args[name]!r}, which LLaMA-2 has not")
 
 
 def config_from_args(args: Mapping[str, Any], where: Path) -> LlamaConfig | None:
     """The architecture that `args` state, or None where they leave out some of it.
 
     Raises:
-        CheckpointError: They state another kind of network, or something impossible.
+        CheckpointError: They state something impossible.
     """
-    for name, allowed in REQUIRED_VALUES.items():
-        if args.get(name) is not None and args[name] not in allowed:
-            raise CheckpointError(f"{where}: its args have {name} = {args[name]!r}, which LLaMA-2 has not")
     stated = _stated(args)
     if any(value is None for value in stated.values()):
         return None
@@ -71,11 +83,13 @@ def _stated(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def contradiction(config: LlamaConfig, args: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """The first field in which the args, as far as they go, are not of this architecture: name, its value, theirs."""
-    for name, theirs in _stated(args).items() if args else ():
-        ours = getattr(config, name)
-        if theirs is not None and theirs != ours:
-            return name, ours, theirs
-    return None
+    stated = ((name, getattr(config, name), theirs) for name, theirs in _stated(args).items() if theirs is not None)
+    return next((found for found in stated if found[1] != found[2]), None)
+
+
+def says_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two files' args state the same of the architecture."""
+    return _stated(one) == _stated(other)
 
 
 def _first(args: Mapping[str, Any], *names: str) -> Any:

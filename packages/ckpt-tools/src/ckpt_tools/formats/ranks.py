@@ -9,8 +9,8 @@ from ckpt_tools.checkpoint import Contents, Piece, QkvOrder, view_pieces
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.formats.companions import stated_config, tokenizer_files
-from ckpt_tools.formats.megatron_args import config_from_args, contradiction
-from ckpt_tools.formats.naming import LAYER, NO_WEIGHT, Naming, naming_of
+from ckpt_tools.formats.megatron_args import config_from_args, contradiction, refuse_other_networks, says_the_same
+from ckpt_tools.formats.naming import LAYER, MEGATRON_CORE, NO_WEIGHT, Naming, naming_of
 from ckpt_tools.layout import Layout
 from ckpt_tools.shard_rules import (
     QKV,
@@ -22,7 +22,7 @@ from ckpt_tools.shard_rules import (
 )
 from ckpt_tools.storage.files import DiskTensor, File
 from ckpt_tools.storage.torch_read import read_torch
-from ckpt_tools.storage.unpickle import Record, attributes
+from ckpt_tools.storage.unpickle import PickleError, Record, attributes
 
 UNSTATED = "has no config.json, and no args that state heads, eps, rotary base and true vocabulary size"
 
@@ -55,21 +55,24 @@ def open_rank(tp: int, pp: int, path: Path, files: list[File], roots: Callable[[
     """
     file = File(path)
     files.append(file)
-    tree, tensors = read_torch(file)
+    tree, tensors = read_torch(file, roots=roots)
     if type(tree) is not dict:
         raise CheckpointError(f"{path} is not a checkpoint's file of a rank: it holds a {type(tree).__name__}")
     chunks: dict[Any, dict[str, DiskTensor]] = {root: {} for root in roots(tree)}
     for root in chunks:
         if type(tree.get(root)) is not dict:
             raise CheckpointError(f"{path} has no `{root}`")
-    for keys, tensor in tensors.items():
-        root, name = keys[:1], ".".join(map(str, keys[1:]))
-        if name and root[0] in chunks and not NO_WEIGHT.fullmatch(name):
-            chunks[root[0]][name] = tensor
+    for (root, *keys), tensor in tensors.items():
+        name = ".".join(map(str, keys))
+        if not NO_WEIGHT.fullmatch(name):
+            chunks[root][name] = tensor
     empty = next((root for root, chunk in chunks.items() if not chunk), None)
     if empty is not None:
         raise CheckpointError(f"{path} has no weights in `{empty}`")
-    args = attributes(tree["args"], "Namespace") if type(tree.get("args")) is Record else {}
+    try:
+        args = attributes(tree["args"], "Namespace") if type(tree.get("args")) is Record else {}
+    except PickleError as error:
+        raise CheckpointError(f"{path}: its args are unknown: {error}") from None
     return Rank(tp, pp, file, list(chunks.values()), args)
 
 
@@ -87,10 +90,16 @@ def contents(folder: Path, files: Sequence[File], ranks: Sequence[Rank], format:
     """
     naming = naming_of(name for rank in ranks for chunk in rank.chunks for name in chunk)
     if naming is None:
-        raise CheckpointError(f"{ranks[0].file.path} holds no tensors by names of megatron-core or AscendSpeed")
+        name = next(iter(ranks[0].chunks[0]))
+        raise CheckpointError(
+            f"{ranks[0].file.path} holds no tensors by names of megatron-core or AscendSpeed, but {name}"
+        )
     tp_size, pp_size = _sizes(ranks)
     _check_ranks(ranks, tp_size, pp_size, folder)
+    _check_alike(ranks)
     args, stated = ranks[0].args, stated_config(folder)
+    if naming is MEGATRON_CORE:
+        refuse_other_networks(args, folder)
     from_args = config_from_args(args, folder) if args else None
     if stated and (found := contradiction(stated, args)):
         raise CheckpointError(f"{folder}: {found[0]} is {found[1]} in its config.json, {found[2]} in its args")
@@ -134,13 +143,13 @@ class _Split:
             for chunk, layers in zip(rank.chunks, self.layers[rank.pp], strict=True):
                 for joined, tensor in chunk.items():
                     name, part = self._canonical(joined, tensor, layers, rules)
-                    if rank.tp and rules[name].split_dim is None:
-                        continue  # what all ranks repeat is read from the first
                     if name.endswith(QKV) and qkv_order == "ascendspeed":
                         view = ascendspeed_qkv_view(config, rank.tp, self.tp_size)
                     else:
                         view = rules[name].view(rank.tp, self.tp_size, self._padded(tensor, rules[name]), part=part)
-                    yield from ((name, piece) for piece in view_pieces(tensor, view))
+                    pieces = view_pieces(tensor, view)  # checks the shape
+                    if rank.tp == 0 or rules[name].split_dim is not None:  # the first one's, of what all repeat
+                        yield from ((name, piece) for piece in pieces)
 
     def _canonical(
         self, joined: str, tensor: DiskTensor, layers: range, rules: Mapping[str, ShardRule]
@@ -160,7 +169,7 @@ class _Split:
             return None
         padded, entries = (*tensor.shape, 0)[0] * self.tp_size, rule.shape[0]
         if padded < entries:
-            raise CheckpointError(f"{tensor.where} has room for {padded} of {entries} entries")
+            raise CheckpointError(f"{tensor.where} has room for {padded} of {entries} entries: is a rank missing?")
         return padded
 
     def qkv_is_ambiguous(self, config: LlamaConfig) -> bool:
@@ -202,12 +211,21 @@ def _check_ranks(ranks: Sequence[Rank], tp_size: int, pp_size: int, folder: Path
             f"{folder} lacks {rank_name(*missing, pp_size)}: it holds {len(ranks)} ranks of {tp_size} × {pp_size} "
             "(tensor × pipeline parallel size)"
         )
-    chunks = len(ranks[0].chunks)
-    other = next((rank for rank in ranks if len(rank.chunks) != chunks), None)
-    if other is not None:
-        raise CheckpointError(
-            f"{other.file.path} holds {len(other.chunks)} chunks of the model, the first rank {chunks}"
-        )
+
+
+def _check_alike(ranks: Sequence[Rank]) -> None:
+    """Ranks have equally many chunks and the same args, those of a stage the same tensors."""
+    stages = {rank.pp: rank for rank in ranks if rank.tp == 0}
+    for rank in ranks:
+        if len(rank.chunks) != len(ranks[0].chunks):
+            counts = len(rank.chunks), len(ranks[0].chunks)
+            raise CheckpointError(f"{rank.file.path} holds {counts[0]} chunks of the model, the first rank {counts[1]}")
+        if not says_the_same(rank.args, ranks[0].args):
+            raise CheckpointError(f"{rank.file.path} has other args than {ranks[0].file.path}")
+        for mine, first in zip(rank.chunks, stages[rank.pp].chunks, strict=True):
+            lost = next((name for name in first if name not in mine), None)
+            if lost is not None:
+                raise CheckpointError(f"{rank.file.path} lacks {lost}, which the first rank of its stage has")
 
 
 def rank_name(tp_rank: int, pp_rank: int, pp_size: int) -> str:

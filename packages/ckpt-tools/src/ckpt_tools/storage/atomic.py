@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckpt_tools.errors import CheckpointError
@@ -20,18 +20,20 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def new_folder(target: Path, *, overwrite: bool, check: Callable[[Path], None]) -> Iterator[Path]:
     """A folder to fill; when the block ends without an error it becomes `target`.
 
     Args:
         target: Must not exist, or be an empty folder, unless `overwrite`.
         overwrite: Exchange what is there for the new folder, then delete it.
+        check: Raises where a folder must not be replaced. It is asked before the work and again at its end.
 
     Raises:
         CheckpointError: The target exists, or cannot, because it would lie in a file.
     """
     target = Path(os.path.realpath(target))
     recover(target)
+    check(target)
     if target.exists() and not overwrite and not _is_empty_folder(target):
         raise CheckpointError(f"{target} exists: give --overwrite to replace it, or choose another target")
     _make_parents(target)
@@ -43,7 +45,12 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield building
         _sync_folders(building)
-        _take_name(building, target)
+        if overwrite and target.exists():
+            check(target)
+            _replace(building, target)
+        else:
+            _take_name(building, target)
+        _sync(target.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)  # what was not finished, or what was replaced
         os.close(lock)
@@ -67,17 +74,24 @@ def _make_parents(target: Path) -> None:
 
 
 def _take_name(building: Path, target: Path) -> None:
-    """Renames `building` to `target`; what was there is afterwards called `building`, or gone."""
-    if not target.exists() or _is_empty_folder(target):
+    """Renames `building` to `target`, which the system refuses where something has come to lie there meanwhile."""
+    try:
         building.rename(target)
-    elif not _exchange(building, target):
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise CheckpointError(f"{target} was made by somebody else in the meantime: choose another target") from None
+
+
+def _replace(building: Path, target: Path) -> None:
+    """Gives the name of `target` to `building`; what was there is afterwards called `building`, or gone."""
+    if not _exchange(building, target):
         aside = _aside(target)
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
         building.rename(target)
         _sync(target.parent)
         shutil.rmtree(aside)
-    _sync(target.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -1,7 +1,9 @@
 """Files read by position into buffers that the caller reuses, and tensors as byte ranges of such files."""
 
+import codecs
 import json
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -45,9 +47,12 @@ class File:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist") from None
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            self.close()
+            raise CheckpointError(f"{path} is not a file")
         self.size = os.fstat(self._fd).st_size
         try:
             refuse_stand_ins(path, os.pread(self._fd, 512, 0))
@@ -172,6 +177,16 @@ def cast(block: Array, out: Array, where: str) -> None:
         raise CheckpointError(f"{where} has values that {out.dtype.name} cannot hold")
 
 
+PAGES = (b"<!doctype html", b"<html", b"<!--", b"<?xml")
+"""How pages begin."""
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Refuses a file that is a web page or a Git-LFS pointer: see `refuse_stand_ins`."""
+    with path.open("rb") as stream:
+        refuse_stand_ins(path, stream.read(512))
+
+
 def refuse_stand_ins(path: Path, head: bytes) -> None:
     """Refuses what is often found in place of a file that was to be downloaded.
 
@@ -180,9 +195,9 @@ def refuse_stand_ins(path: Path, head: bytes) -> None:
     """
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise CheckpointError(f"{path} is a Git-LFS pointer, not the file itself: run `git lfs pull`")
-    if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+    if head.removeprefix(codecs.BOM_UTF8).lstrip()[:15].lower().startswith(PAGES):
         raise CheckpointError(
-            f"{path} is an HTML page, not the file itself: download it again, from /resolve/ instead of /blob/"
+            f"{path} is an HTML or XML page, not the file itself: download it again, from /resolve/ instead of /blob/"
         )
 
 

@@ -1,5 +1,6 @@
 """The safetensors file format: a JSON header, then the tensors' bytes."""
 
+import itertools
 import json
 import struct
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+MAX_DIMENSIONS = 64
 CODES = {name: code for code, name in DTYPES.items()}
 
 
@@ -42,7 +44,12 @@ def read_safetensors(file: File) -> dict[str, DiskTensor]:
         raise CheckpointError(f"{file.path} is truncated or not a safetensors file: its header claims {size} bytes")
     header = parse_json(file.read(8, size), f"the header of {file.path}")
     header.pop("__metadata__", None)
-    return {name: _tensor(file, 8 + size, name, entry) for name, entry in header.items()}
+    tensors = {name: _tensor(file, 8 + size, name, entry) for name, entry in header.items()}
+    ordered = sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes))
+    for one, other in itertools.pairwise(ordered):
+        if one.start + one.nbytes > other.start:
+            raise CheckpointError(f"{file.path}: {one.name} and {other.name} share bytes, which is never so")
+    return tensors
 
 
 def _tensor(file: File, base: int, name: str, entry: Any) -> DiskTensor:
@@ -50,7 +57,7 @@ def _tensor(file: File, base: int, name: str, entry: Any) -> DiskTensor:
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file.path}: the header's entry for {name} is malformed: {str(entry)[:100]}") from None
-    if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+    if len(shape) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
         raise CheckpointError(f"{file.path}: the header's entry for {name} is malformed: {str(entry)[:100]}")
     if stop - start != prod(shape) * ITEM_SIZE[dtype]:
         raise CheckpointError(f"{file.path}: {name} has {stop - start} bytes, which its shape {shape} contradicts")

@@ -21,6 +21,8 @@ STORAGE_DTYPES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
     "UntypedStorage": "uint8",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
 }
 MAX_SIZE = 1 << 62
 MAX_DIMENSIONS = 64

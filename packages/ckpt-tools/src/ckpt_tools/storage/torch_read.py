@@ -3,6 +3,7 @@
 import io
 import struct
 import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from ckpt_tools.dtypes import ITEM_SIZE
@@ -12,12 +13,21 @@ from ckpt_tools.storage.torch_pickle import TensorRef, loads
 from ckpt_tools.storage.unpickle import PickleError, walk
 
 MAX_PICKLE_BYTES = 256 << 20
+Roots = Callable[[Mapping[Any, Any]], Collection[Any]]
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 """A zip record's header, before its name and its extra field, whose lengths are its last two numbers."""
 
 
-def read_torch(file: File, start: int = 0, length: int | None = None) -> tuple[Any, dict[tuple[Any, ...], DiskTensor]]:
+def read_torch(
+    file: File, start: int = 0, length: int | None = None, *, roots: Roots | None = None
+) -> tuple[Any, dict[tuple[Any, ...], DiskTensor]]:
     """What torch.save wrote to a file, or to `length` bytes of it from `start` on: nothing but the pickle is read.
+
+    Args:
+        file: The file.
+        start: The first byte.
+        length: How many; default: all.
+        roots: Chooses the keys of the tree, if that is a dictionary, whose tensors are of interest; default: all.
 
     Returns:
         The tree, and the tensors in it: path of keys to tensor.
@@ -32,11 +42,19 @@ def read_torch(file: File, start: int = 0, length: int | None = None) -> tuple[A
     except PickleError as error:
         raise CheckpointError(f"{file.path}: {error}") from None
     tensors = {}
-    for path, ref in walk(tree, TensorRef):
+    for path, ref in _refs(file, tree, roots):
         name = ".".join(map(str, path))
         row_stride = None if ref.is_contiguous else ref.stride[0]
         tensors[path] = DiskTensor(file, _start(file, records, ref, name), ref.dtype, ref.shape, name, row_stride)
     return tree, tensors
+
+
+def _refs(file: File, tree: Any, roots: Roots | None) -> Iterator[tuple[tuple[Any, ...], TensorRef]]:
+    wanted = {key: tree[key] for key in roots(tree) if key in tree} if roots and type(tree) is dict else tree
+    try:
+        yield from walk(wanted, TensorRef)
+    except PickleError as error:
+        raise CheckpointError(f"{file.path}: {error}") from None
 
 
 def _start(file: File, records: dict[str, tuple[int, int]], ref: TensorRef, name: str) -> int:
