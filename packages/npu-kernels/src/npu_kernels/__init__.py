@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from npu_kernels.ops.attention import attention
     from npu_kernels.ops.cross_entropy import cross_entropy
     from npu_kernels.ops.decode_attention import decode_attention
-    from npu_kernels.ops.rms_norm import rms_norm
+    from npu_kernels.ops.rms_norm import add_rms_norm, rms_norm
     from npu_kernels.ops.rotary_embedding import rotary_embedding
     from npu_kernels.ops.swiglu import swiglu
 
 _HOME = {
     "Device": "devices",
     "KernelError": "errors",
+    "add_rms_norm": "ops.rms_norm",
     "attention": "ops.attention",
     "cross_entropy": "ops.cross_entropy",
     "decode_attention": "ops.decode_attention",
@@ -32,6 +33,7 @@ _HOME = {
 __all__ = [
     "Device",
     "KernelError",
+    "add_rms_norm",
     "attention",
     "cross_entropy",
     "decode_attention",

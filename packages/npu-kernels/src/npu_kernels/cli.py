@@ -4,9 +4,13 @@ import json as jsonlib
 
 from npu_kernels import commandline
 
+CHECK_FAILED = 3
+
 
 def doctor(*, json: bool = False) -> int:
-    """Shows torch, torch_npu, the devices, and which backend each op uses. Works on a machine with nothing.
+    """Shows torch, torch_npu, CANN, the devices, and which backend each op uses. Works on a machine with nothing.
+
+    What does not fit together is named with its fix, and the exit code is then 3.
 
     Args:
         json: Print the result as JSON.
@@ -15,7 +19,7 @@ def doctor(*, json: bool = False) -> int:
 
     facts = examine()
     print(jsonlib.dumps(facts, indent=2) if json else table(facts))
-    return 0
+    return CHECK_FAILED if facts["problems"] else 0
 
 
 def main() -> int:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from npu_kernels.dispatch import select
+from npu_kernels.dispatch import Op
+from npu_kernels.ops.ascend import check_dtype, npu
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def swiglu(x: Tensor) -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"the last dimension is {x.shape[-1]}: gate and up need halves of the same size")
-    return select(BACKENDS)(x)
+    return SWIGLU.on(x)(x)
 
 
 def _reference(x: Tensor) -> Tensor:
@@ -39,4 +40,10 @@ def _torch(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-BACKENDS = {"reference": _reference, "torch": _torch}
+def _ascend(x: Tensor) -> Tensor:
+    check_dtype("swiglu", x)
+    y: Tensor = npu().npu_swiglu(x, -1)
+    return y
+
+
+SWIGLU = Op("swiglu", _reference, _torch, "F.silu, mul", _ascend, ("npu_swiglu",))
