@@ -1,10 +1,22 @@
 """Every op and backend against independent code, forward and backward."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from npu_kernels import attention, cross_entropy, decode_attention, dispatch, rms_norm, rotary_embedding, swiglu
+from npu_kernels import (
+    add_rms_norm,
+    attention,
+    cross_entropy,
+    decode_attention,
+    dispatch,
+    rms_norm,
+    rotary_embedding,
+    swiglu,
+)
+from npu_kernels.ops import cross_entropy as cross_entropy_module
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, repeat_kv
 
@@ -30,6 +42,10 @@ def strided(*shape, dtype=torch.float32, seed=0):
     """The same kind of values, every dimension in another order in memory."""
     flipped = randn(*reversed(shape), dtype=dtype, seed=seed).detach()
     return flipped.permute(*reversed(range(len(shape)))).requires_grad_()
+
+
+def weighted_sum(x):
+    return (x * randn(*x.shape, seed=9).detach()).sum()
 
 
 def tables(positions, d=D, dtype=torch.float32):
@@ -63,6 +79,21 @@ def test_rms_norm_is_hugging_faces(make):
     got = torch.autograd.grad((ours * randn(*ours.shape, seed=9).detach()).sum(), [x, weight])
     for mine, other in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-6)
+
+
+def test_rms_norm_of_a_sum_is_a_sum_and_its_norm():
+    x, residual, weight = randn(B, S, 16), randn(B, S, 16, seed=1), randn(16, seed=2)
+    norm = LlamaRMSNorm(16, eps=1e-5)
+    norm.weight = torch.nn.Parameter(weight.detach().clone())
+    total = x + residual
+    expected = torch.autograd.grad(weighted_sum(norm(total)) + total.sum(), [x, residual, norm.weight])
+    ours, ours_total = add_rms_norm(x, residual, weight, 1e-5)
+    torch.testing.assert_close(ours, norm(total))
+    assert torch.equal(ours_total, total)
+    got = torch.autograd.grad(weighted_sum(ours) + ours_total.sum(), [x, residual, weight])
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=5e-6)
+    assert not torch.allclose(ours, norm(x), atol=1e-2), "the control: without the residual"
 
 
 @pytest.mark.parametrize("make", [randn, strided])
@@ -180,9 +211,23 @@ def test_decoding_sees_each_rows_own_length_and_no_more():
     grad = torch.autograd.grad(out.sum(), [v])[0]
     assert grad[1, 4:].eq(0).all()
     assert grad[1, 3].abs().sum() > 0
+    assert torch.equal(decode_attention(q, k, v, lengths, host_lengths=lengths.tolist()), out)
 
 
-def test_cross_entropy_is_pytorchs_and_zero_where_ignored():
+def test_a_cache_is_read_as_far_as_its_longest_row():
+    q, k, v = randn(2, 1, N, D), randn(2, S, G, D, seed=1), randn(2, S, G, D, seed=2)
+    k, v = k.detach(), v.detach()
+    lengths = torch.tensor([3, 3])
+    out = decode_attention(q, k, v, lengths)
+    k[:, 3:], v[:, 3:] = 1e30, -1e30
+    torch.testing.assert_close(decode_attention(q, k, v, lengths), out)
+    k[:, 2], v[:, 2] = 0, 0
+    assert not torch.allclose(decode_attention(q, k, v, lengths), out, atol=1e-3), "the control"
+
+
+@pytest.mark.parametrize("chunk", [2**18, 11 * 4, 1])
+def test_cross_entropy_is_pytorchs_and_zero_where_ignored(chunk, monkeypatch):
+    monkeypatch.setitem(cross_entropy_module.CHUNK_ELEMENTS, "cpu", chunk)
     logits = randn(B, S, 11)
     labels = torch.randint(0, 11, (B, S), generator=torch.Generator().manual_seed(0))
     labels[0, 2] = labels[1] = -100
@@ -191,9 +236,43 @@ def test_cross_entropy_is_pytorchs_and_zero_where_ignored():
     ours = cross_entropy(logits.bfloat16(), labels)
     assert ours.dtype == torch.float32
     assert ours[1].eq(0).all()
+    half = logits.detach().bfloat16().requires_grad_()
+    grad = torch.autograd.grad(cross_entropy(half, labels).sum(), half)[0]
+    exact = torch.autograd.grad(cross_entropy(half.float(), labels).sum(), half)[0]
+    assert grad.dtype == torch.bfloat16
+    torch.testing.assert_close(grad, exact, rtol=2**-7, atol=2**-9)
+
+
+MEASURE = """
+import resource, sys, torch
+from npu_kernels import cross_entropy
+tokens, v = 1024, 32000
+logits = torch.randn(tokens, v).bfloat16().requires_grad_()
+labels = torch.randint(0, v, (tokens,))
+ours = lambda: cross_entropy(logits, labels)
+pytorchs = lambda: torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+small = torch.randn(8, v, requires_grad=True)
+torch.nn.functional.cross_entropy(small, labels[:8]).backward()  # libraries load
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+{"ours": ours, "pytorchs": pytorchs}[sys.argv[1]]().sum().backward()
+print((peak() - before) / (logits.numel() * logits.element_size()))
+"""
+
+
+def test_cross_entropy_holds_little_more_than_the_gradient(backend):
+    if backend == "reference":
+        return
+
+    def peak(name):  # in units of the logits, beside them
+        return float(subprocess.run([sys.executable, "-c", MEASURE, name], capture_output=True, check=True).stdout)
+
+    assert peak("ours") < 1.6, "the gradient, and a chunk"
+    assert peak("pytorchs") > 4, "the control: logits and log-softmax in fp32, and their gradients"
 
 
 GRADCHECKS = {
+    "add_rms_norm": lambda x: add_rms_norm(x, x[:, :1].expand_as(x), torch.linspace(0.5, 2, D).double(), 1e-5),
     "rms_norm": lambda x: rms_norm(x, torch.linspace(0.5, 2, D, dtype=torch.float64), 1e-5),
     "rms_norm weight": lambda x: rms_norm(randn(3, D, dtype=torch.float64).detach(), x[0, 0, 0], 1e-5),
     "rotary": lambda x: rotary_embedding(x, x[:, :, :2], *tables(torch.arange(3), dtype=torch.float64)),
@@ -213,26 +292,63 @@ def test_gradients_are_those_of_finite_differences(op):
     assert torch.autograd.gradcheck(GRADCHECKS[op], x)
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "attention"])
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "swiglu", "attention", "decode_attention"])
 def test_bfloat16_stays_within_its_rounding(op):
     x = randn(2, 3, 4, D).detach()
     call = {
         "rms_norm": lambda x: rms_norm(x, torch.linspace(0.5, 2, D).to(x.dtype), 1e-5),
         "swiglu": swiglu,
+        "add_rms_norm": lambda x: add_rms_norm(x, x, torch.linspace(0.5, 2, D).to(x.dtype), 1e-5)[0],
         "attention": lambda x: attention(x, x[:, :, :2], x[:, :, 2:]),
+        "decode_attention": lambda x: decode_attention(x[:, :1], x[:, :, :2], x[:, :, 2:], torch.tensor([1, 3])),
     }[op]
     half = call(x.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), call(x.bfloat16().float()), rtol=2**-7, atol=2**-7)
 
 
-def test_what_does_not_fit_is_refused():
-    q, k = randn(1, S, N, D), randn(1, S, 4, D)
-    with pytest.raises(ValueError, match="6 query heads do not divide among 4"):
-        attention(q, k, k)
-    with pytest.raises(ValueError, match="kept in fp32"):
-        rotary_embedding(q, k, *tables(torch.arange(S), dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="gate and up"):
-        swiglu(randn(2, 3))
-    with pytest.raises(ValueError, match="more queries than keys"):
-        attention(q, q[:, :3], q[:, :3])
+HALF = torch.bfloat16
+Q, K4, K = randn(1, S, N, D).detach(), randn(1, S, 4, D).detach(), randn(1, S, G, D).detach()
+MASK = torch.ones(S, S, dtype=torch.bool)
+BOUNDS = torch.tensor([0, S], dtype=torch.int32)
+REFUSED = {
+    "6 query heads do not divide among 4": lambda: attention(Q, K4, K4),
+    "more queries than keys": lambda: attention(Q, Q[:, :3], Q[:, :3]),
+    r"q is \[b, s, n, d\]": lambda: attention(Q[0], K, K),
+    "q, k and v are of one type": lambda: attention(Q, K, K.to(HALF)),
+    r"the mask is torch.float32: give booleans": lambda: attention(Q, K, K, mask=MASK.float()),
+    r"the mask is \[3, 7\], which does not broadcast": lambda: attention(Q, K, K, mask=MASK[:3]),
+    r"the mask is \[1, 1, 1, 7, 7\]": lambda: attention(Q, K, K, mask=MASK[None, None, None]),
+    "a mask and cu_seqlens exclude each other": lambda: attention(Q, K, K, mask=MASK, cu_seqlens=BOUNDS),
+    "give a vector of int32": lambda: attention(Q, K, K, cu_seqlens=BOUNDS.long()),
+    r"stand in one row \(b = 1, s = t\)": lambda: attention(Q, K[:, :3], K[:, :3], causal=False, cu_seqlens=BOUNDS),
+    "kept in fp32": lambda: rotary_embedding(Q, K, *tables(torch.arange(S), dtype=HALF)),
+    r"cos has shape \[6, 8\].*give \[s, d\]": lambda: rotary_embedding(Q, K, *tables(torch.arange(S - 1))),
+    r"cos has shape \[2, 7, 8\]": lambda: rotary_embedding(Q, K, *tables(torch.arange(2 * S).view(2, S))),
+    "q has 7 channels a head and k 7: they must be equal and even": lambda: rotary_embedding(
+        Q[..., :7], K[..., :7], *(x[..., :7] for x in tables(torch.arange(S)))
+    ),
+    "q is torch.float32, k is torch.bfloat16": lambda: rotary_embedding(Q, K.to(HALF), *tables(torch.arange(S))),
+    "gate and up": lambda: swiglu(randn(2, 3)),
+    "the weight has shape": lambda: rms_norm(Q, torch.ones(3), 1e-5),
+    "the weight is torch.bfloat16, x is torch.float32": lambda: rms_norm(Q, torch.ones(D, dtype=HALF), 1e-5),
+    "the residual torch.float32": lambda: add_rms_norm(Q, Q[:, :1], torch.ones(D), 1e-5),
+    r"the caches are \[b, S, g, d\]": lambda: decode_attention(Q, K, K, torch.tensor([1])),
+    "q has heads": lambda: decode_attention(Q[:, :1], K4, K4, torch.tensor([1])),
+    "q and the caches are of one type": lambda: decode_attention(Q[:, :1].to(HALF), K, K, torch.tensor([1])),
+    "lengths has shape": lambda: decode_attention(Q[:, :1], K, K, torch.tensor([1, 2])),
+    r"1 lengths of 1 to 7.*here \[0\]": lambda: decode_attention(Q[:, :1], K, K, torch.tensor([0])),
+    r"1 lengths of 1 to 7.*here \[8\]": lambda: decode_attention(Q[:, :1], K, K, torch.tensor([8])),
+    r"1 lengths of 1 to 7.*here \[3, 3\]": lambda: decode_attention(
+        Q[:, :1], K, K, torch.tensor([3]), host_lengths=[3, 3]
+    ),
+    "labels": lambda: cross_entropy(Q, torch.zeros(1, S, dtype=torch.int64)),
+    "the labels are torch.int32": lambda: cross_entropy(Q, torch.zeros(1, S, N, dtype=torch.int32)),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_does_not_fit_is_refused_in_one_line(message):
+    with pytest.raises(ValueError, match=message) as caught:
+        REFUSED[message]()
+    assert "\n" not in str(caught.value)

@@ -11,6 +11,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from npu_kernels import ops
 from npu_kernels.errors import KernelError
 
 VARIABLE = "PUNA_KERNELS"
@@ -59,7 +60,13 @@ class Op(Generic[P, R]):
 
 
 OPS: dict[str, Op[..., Any]] = {}
-"""Every op by name, once its module is imported."""
+"""Every op by name, once its module is imported: `ops.load_all` does it."""
+
+
+def backends(kind: str) -> dict[str, str]:
+    """What each op runs as on a kind of device ("npu", "cuda" or "cpu"), for people: a run prints it when it starts."""
+    ops.load_all()
+    return {name: op.described(kind) for name, op in OPS.items()}
 
 
 def require_fused(required: bool = True) -> None:

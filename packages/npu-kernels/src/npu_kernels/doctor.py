@@ -23,9 +23,9 @@ def examine() -> dict[str, Any]:
 
 
 def _examine_torch() -> dict[str, Any]:
-    from npu_kernels import devices, dispatch, ops
+    from npu_kernels import devices, dispatch
 
-    ops.load_all()
+    runs = {kind: dispatch.backends(kind) for kind in devices.BACKENDS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say stands in `devices`
         found = [_describe(kind) for kind in devices.BACKENDS]
@@ -34,7 +34,7 @@ def _examine_torch() -> dict[str, Any]:
         "device": chosen.type,
         "collective_backend": chosen.collective_backend,
         "devices": found,
-        "ops": {name: {kind: op.described(kind) for kind in devices.BACKENDS} for name, op in dispatch.OPS.items()},
+        "ops": {op: {kind: runs[kind][op] for kind in devices.BACKENDS} for op in dispatch.OPS},
         "fused_required": dispatch.is_fused_required(),
         "notes": _notes(chosen.type),
     }
@@ -57,7 +57,7 @@ def _notes(device: str) -> list[str]:
     from npu_kernels import dispatch
 
     notes = []
-    if next(iter(dispatch.OPS.values())).described("cpu") == "reference":
+    if "reference" in dispatch.backends("cpu").values():
         notes.append(f"{dispatch.VARIABLE}=reference: every op runs as its plain reference, which is slow")
     if device == "npu":
         notes.append("the calls to Ascend's ops are tested on torch_npu's real front end, not yet on hardware")

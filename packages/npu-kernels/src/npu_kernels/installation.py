@@ -152,10 +152,10 @@ def _driver() -> str | None:
 
 
 def _read_version(path: Path) -> str | None:
-    """The first version=... of a file, however it is spelt."""
+    """The first version=8.5.0 or ..._version=[7.7:8.5.0] of a file."""
     try:
         text = path.read_text("utf-8", "replace")
     except OSError:
         return None
-    found = re.search(r"version\w*\s*=\s*\[?[^\d\n]*(\d+(?:\.\w+)+)", text, re.IGNORECASE)
+    found = re.search(r"version\w*\s*=\s*(?:\[[^:\]\n]*:)?\s*(\d+(?:\.\w+)+)", text, re.IGNORECASE)
     return found.group(1) if found else None
