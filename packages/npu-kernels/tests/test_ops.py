@@ -214,6 +214,19 @@ def test_decoding_sees_each_rows_own_length_and_no_more():
     assert torch.equal(decode_attention(q, k, v, lengths, host_lengths=lengths.tolist()), out)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decoding_is_the_same_in_every_type(dtype, groups):
+    q, k, v = randn(2, 1, N, D), randn(2, S, groups, D, seed=1), randn(2, S, groups, D, seed=2)
+    q, k, v = (x.detach().to(dtype) for x in (q, k, v))
+    lengths = torch.tensor([4, S])
+    out = decode_attention(q, k, v, lengths)
+    assert out.dtype == dtype
+    exact = decode_attention(q.double(), k.double(), v.double(), lengths)
+    bound = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
+    torch.testing.assert_close(out.double(), exact, rtol=bound, atol=bound)
+
+
 def test_a_cache_is_read_as_far_as_its_longest_row():
     q, k, v = randn(2, 1, N, D), randn(2, S, G, D, seed=1), randn(2, S, G, D, seed=2)
     k, v = k.detach(), v.detach()
@@ -225,7 +238,7 @@ def test_a_cache_is_read_as_far_as_its_longest_row():
     assert not torch.allclose(decode_attention(q, k, v, lengths), out, atol=1e-3), "the control"
 
 
-@pytest.mark.parametrize("chunk", [2**18, 11 * 4, 1])
+@pytest.mark.parametrize("chunk", [2**21, 11 * 4, 1])
 def test_cross_entropy_is_pytorchs_and_zero_where_ignored(chunk, monkeypatch):
     monkeypatch.setitem(cross_entropy_module.CHUNK_ELEMENTS, "cpu", chunk)
     logits = randn(B, S, 11)

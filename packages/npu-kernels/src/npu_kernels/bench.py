@@ -1,5 +1,6 @@
 """Times each op, each backend that a device has, forward and with its backward: `npu-kernels bench`."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from npu_kernels.bench_cases import LLAMA_2, Case, cases
 from npu_kernels.devices import Device
 from npu_kernels.errors import KernelError
 
+MOST_ROUNDS = 1000
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -26,7 +28,7 @@ def measure(
         dtype: "float32", "float16" or "bfloat16".
         models: Of "7b" and "70b".
         full: The whole shapes on a CPU too, where they take minutes.
-        seconds: For how long each is repeated; once at least.
+        seconds: For how long each is repeated; twice at least, of which the first does not count.
 
     Returns:
         What ran where, and `rows`: one for each model, op, pass and backend with `seconds` (the median), `gb_per_s` or
@@ -65,12 +67,12 @@ def _rows(case: Case, device: Device, dtype: torch.dtype, seconds: float) -> lis
     best = "ascend" if device.type == "npu" else "torch"
     rows = []
     for backward in (False, True) if case.trains else (False,):
-        slow = None
-        for name in ("reference", best):
-            took = _median(_run(getattr(op, name), case.inputs, backward), device, seconds)
-            slow = slow or took
+        runs = {name: _run(getattr(op, name), case.inputs, backward) for name in ("reference", best)}
+        times = _medians(runs, device, seconds)
+        for name, took in times.items():
             row = {"op": case.op, "pass": "forward + backward" if backward else "forward", "backend": name}
-            rows.append(row | {"seconds": took, **_rates(case, backward, took, device, dtype), "speedup": slow / took})
+            rates = _rates(case, backward, took, device, dtype)
+            rows.append(row | {"seconds": took, **rates, "speedup": times["reference"] / took})
     return rows
 
 
@@ -100,17 +102,19 @@ def _run(function: Callable[..., Any], inputs: Sequence[Any], backward: bool) ->
     return lambda: torch.autograd.grad(function(*moved), leaves, weights if len(weights) > 1 else weights[0])
 
 
-def _median(run: Callable[[], object], device: Device, seconds: float) -> float:
-    """Of single runs, the first one left out."""
-    times: list[float] = []
-    run()
-    device.synchronize()
-    while not times or (sum(times) < seconds and len(times) < 1000):
-        begin = time.perf_counter()
-        run()
-        device.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+def _medians(runs: Mapping[str, Callable[[], object]], device: Device, seconds: float) -> dict[str, float]:
+    """Of single runs in turn, so that a machine that slows down slows all; the first round does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds * len(runs)
+    for round_number in itertools.count():
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            device.synchronize()
+            times[name].append(time.perf_counter() - begin)
+        if round_number >= 1 and (time.perf_counter() > end or round_number == MOST_ROUNDS):
+            return {name: statistics.median(each[1:]) for name, each in times.items()}
+    raise AssertionError("itertools.count ends")
 
 
 def table(result: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from npu_kernels.dispatch import Op
 from npu_kernels.ops import ascend_attention
-from npu_kernels.ops.ascend import on_host
+from npu_kernels.ops.ascend import INFERENCE_DTYPES, on_host
 from npu_kernels.ops.attention import attention
 
 Known = tuple[int, ...]
@@ -74,14 +74,17 @@ def _torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, known: 
     g = k_cache.shape[2]
     slots = k_cache.shape[1] if known is None else max(known)
     full = known is not None and min(known) == slots
+    queries = q.reshape(b, g, n // g, d)
+    if n == g and q.device.type == "cpu" and q.dtype in INFERENCE_DTYPES:
+        queries = queries.expand(b, g, 2, d)  # two equal queries take a quarter of the time of one, in half types
     out = F.scaled_dot_product_attention(
-        q.reshape(b, g, n // g, d),
+        queries,
         k_cache[:, :slots].transpose(1, 2),  # [b, g, S, d]
         v_cache[:, :slots].transpose(1, 2),
         attn_mask=None if full else _filled(lengths, slots),
         scale=1 / math.sqrt(d),
     )
-    return out.reshape(b, 1, n, d)
+    return out[:, :, : n // g].reshape(b, 1, n, d)
 
 
 def _ascend(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, known: Known | None) -> Tensor:
