@@ -17,6 +17,7 @@ from npu_kernels import (
     swiglu,
 )
 from npu_kernels.ops import cross_entropy as cross_entropy_module
+from npu_kernels.ops import rotary_embedding as rotary_module
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, repeat_kv
 
@@ -97,14 +98,17 @@ def test_rms_norm_of_a_sum_is_a_sum_and_its_norm():
 
 
 @pytest.mark.parametrize("make", [randn, strided])
-def test_rotary_embedding_is_hugging_faces(make):
+@pytest.mark.parametrize("piece", [2**17, 3 * N * D * B, 1])
+def test_rotary_embedding_is_hugging_faces(make, piece, monkeypatch):
+    monkeypatch.setattr(rotary_module, "PIECE", piece)
     q, k = make(B, S, N, D), make(B, S, G, D, seed=1)
     cos, sin = tables(torch.arange(S))
     theirs = apply_rotary_pos_emb(q, k, cos[None], sin[None], unsqueeze_dim=2)
     assert_same(rotary_embedding(q, k, cos, sin), theirs, [q, k])
 
 
-def test_rotary_embedding_takes_positions_of_each_row():
+def test_rotary_embedding_takes_positions_of_each_row(monkeypatch):
+    monkeypatch.setattr(rotary_module, "PIECE", 3 * N * D * B)
     q, k = randn(B, S, N, D), randn(B, S, G, D, seed=1)
     positions = torch.stack((torch.arange(S), torch.arange(S) * 3 + 5))
     cos, sin = tables(positions)
@@ -259,8 +263,8 @@ def test_cross_entropy_is_pytorchs_and_zero_where_ignored(chunk, monkeypatch):
 MEASURE = """
 import resource, sys, torch
 from npu_kernels import cross_entropy
-tokens, v = 1024, 32000
-logits = torch.randn(tokens, v).bfloat16().requires_grad_()
+tokens, v = 2048, 32000
+logits = torch.empty(tokens, v, dtype=torch.bfloat16).normal_().requires_grad_()
 labels = torch.randint(0, v, (tokens,))
 ours = lambda: cross_entropy(logits, labels)
 pytorchs = lambda: torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
@@ -280,8 +284,8 @@ def test_cross_entropy_holds_little_more_than_the_gradient(backend):
     def peak(name):  # in units of the logits, beside them
         return float(subprocess.run([sys.executable, "-c", MEASURE, name], capture_output=True, check=True).stdout)
 
-    assert peak("ours") < 1.6, "the gradient, and a chunk"
-    assert peak("pytorchs") > 4, "the control: logits and log-softmax in fp32, and their gradients"
+    assert peak("ours") < 2, "the gradient, and a chunk"
+    assert peak("pytorchs") > 4, "the control: logits and log-softmax in fp32, and a gradient of each type"
 
 
 GRADCHECKS = {
