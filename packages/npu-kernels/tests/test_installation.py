@@ -41,7 +41,10 @@ def test_the_wrong_torch_is_named_with_the_right_one(machine):
     assert problem.what == "torch_npu 2.6.0.post5 is built for torch 2.6.0, and torch 2.7.1 is installed"
     assert "pip install torch==2.6.0" in problem.fix
     assert problem.breaks_torch
+    assert problem.blocks
     assert not machine(torch="2.7.1", autoload="0")[0].breaks_torch
+    (near,) = machine(torch="2.6.1")
+    assert (near.blocks, near.breaks_torch) == (False, False), "a patch release apart may work"
 
 
 def test_a_missing_cann_is_named_with_the_way_out(machine, tmp_path, monkeypatch):
@@ -57,6 +60,7 @@ def test_a_missing_cann_is_named_with_the_way_out(machine, tmp_path, monkeypatch
 def test_a_cann_of_another_time_is_named(machine):
     (problem,) = machine(torch="2.9.0", torch_npu="2.9.0", cann="8.2.RC1")
     assert problem.what == "torch_npu 2.9.0 is listed for CANN 8.5, and CANN 8.2.RC1 is installed"
+    assert not problem.blocks, "it may work: doctor says it, nothing stops"
     assert machine(torch="2.14.0", torch_npu="2.14.0", cann="8.2.RC1") == [], "not in the table: not judged"
     assert machine(torch="2.9.0", torch_npu="2.9.0", cann="10.0.0") == [], "newer than the table: not judged"
 

@@ -111,8 +111,8 @@ def why_not(kind: str) -> str | None:
 @functools.cache  # a process finds out once
 def _npu_failure() -> str | None:
     """What importing an installed torch_npu and looking for its devices runs into."""
-    problem = None if "torch_npu" in sys.modules else next(iter(installation.problems()), None)
-    if problem is not None:
+    problems = [] if "torch_npu" in sys.modules else installation.problems()
+    for problem in (problem for problem in problems if problem.blocks):
         reason = f"{problem.what}: {problem.fix}"
         warnings.warn(reason, stacklevel=4)
         return reason

@@ -44,8 +44,10 @@ class Problem:
 
     what: str
     fix: str
+    blocks: bool = True
+    """Whether importing torch_npu fails or may crash."""
     breaks_torch: bool = False
-    """Whether `import torch` itself fails."""
+    """Whether `import torch` itself does."""
 
 
 def versions() -> dict[str, str | None]:
@@ -54,7 +56,7 @@ def versions() -> dict[str, str | None]:
 
 
 def problems() -> list[Problem]:
-    """Everything that would keep an installed torch_npu from working; nothing where none is installed."""
+    """Everything that does not fit an installed torch_npu; nothing where none is installed."""
     if importlib.util.find_spec("torch_npu") is None:
         return []
     return [*_torch_mismatch(), *_missing_cann(), *_cann_mismatch()]
@@ -65,11 +67,13 @@ def _torch_mismatch() -> list[Problem]:
     if torch is None or torch_npu is None or _release(torch) == _release(torch_npu):
         return []
     wanted = ".".join(map(str, _release(torch_npu)))
+    blocks = _release(torch)[:2] != _release(torch_npu)[:2]  # 2.7.0 beside 2.7.1 may work
     return [
         Problem(
             f"torch_npu {torch_npu} is built for torch {wanted}, and torch {torch} is installed",
             f"pip install torch=={wanted}, or the torch_npu of your torch",
-            breaks_torch=_autoloads(),
+            blocks=blocks,
+            breaks_torch=blocks and _autoloads(),
         )
     ]
 
@@ -95,8 +99,8 @@ def _cann_mismatch() -> list[Problem]:
     release = ".".join(map(str, _release(cann)[:2]))
     if listed is None or release in listed or release not in known:
         return []
-    return [Problem(f"torch_npu {torch} is listed for CANN {' and '.join(listed)}, and CANN {cann} is installed",
-                    f"install CANN {listed[-1]}, or the torch_npu of your CANN")]  # fmt: skip
+    what = f"torch_npu {torch} is listed for CANN {' and '.join(listed)}, and CANN {cann} is installed"
+    return [Problem(what, f"install CANN {listed[-1]}, or the torch_npu of your CANN", blocks=False)]
 
 
 def _not_loadable() -> list[str]:

@@ -1,6 +1,9 @@
 """llama-model itself, unchanged, on the emulated NPU: it trains and writes as on the CPU."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import emulator
 import pytest
@@ -10,6 +13,7 @@ from npu_kernels import device, rotary_embedding
 llama_model = pytest.importorskip("llama_model", reason="llama-model is another package: `nox -s npu_contract` has it")
 LlamaConfig = pytest.importorskip("ckpt_tools").LlamaConfig
 
+TESTS = Path(__file__).resolve().parent.parent
 CONFIG = LlamaConfig(
     num_layers=2,
     hidden_size=64,
@@ -64,6 +68,31 @@ def test_a_whole_llama_trains_on_an_npu_as_on_a_cpu():
     assert counts["aclnnSwiGlu"] == counts["aclnnSwiGluGrad"] == steps * layers
     assert counts["aclnnRotaryPositionEmbeddingV2"] == counts["aclnnRotaryPositionEmbeddingGrad"] == steps * 2 * layers
     assert counts["aclnnApplyAdamWV2"] == steps * len(list(new_model("cpu").parameters()))
+
+
+WRITE_AND_TRAIN = """
+import sys
+from pathlib import Path
+import emulator
+emulator.start(Path(sys.argv[1]))
+import torch
+from contract.test_llama import ROWS, llama_model, new_model, train
+train("npu", steps=1)
+list(llama_model.generate(new_model("npu").eval(), [ROWS[0][:5], ROWS[1]], max_new_tokens=3))
+print("trained", file=sys.stderr, flush=True)
+torch.lgamma(torch.ones(3).npu())
+"""
+
+
+def test_nothing_falls_back_to_the_cpu(request):
+    """torch_npu computes an op that it lacks on the host and says so on stderr, once a process: in one of its own."""
+    folder = str(request.config.cache.mkdir("emulator"))
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_AND_TRAIN, folder], capture_output=True, text=True, check=True, cwd=TESTS
+    )
+    before, after = done.stderr.split("trained")
+    assert "fall back" not in before
+    assert "'aten::lgamma.out' is not currently supported" in after, "the control"
 
 
 def test_packed_documents_train_as_rows():
