@@ -31,7 +31,7 @@ class Shape:
 
 
 LLAMA_2 = {
-    # https://huggingface.co/meta-llama/Llama-2-7b-hf/blob/main/config.json and its 70b sibling
+    # config.json of meta-llama/Llama-2-7b-hf and Llama-2-70b-hf
     "7b": Shape(name="7b", h=4096, n=32, g=32, d=128, f=11008),
     "70b": Shape(name="70b", h=8192, n=64, g=8, d=128, f=28672),
 }

@@ -14,10 +14,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-EMPTY = ("hccl", "ge_runner", "graph", "acl_tdt_channel")
+EMPTY = ("ge_runner", "graph", "acl_tdt_channel")
 """Libraries that the wheel links to and that nothing here calls."""
 
-LIBRARIES = ("ascendcl", *EMPTY, "acl_op_compiler", "opapi")
+LIBRARIES = ("ascendcl", "hccl", *EMPTY, "acl_op_compiler", "opapi")
 """All that are built, in the order in which they are loaded."""
 
 SAVE_REGISTERS = """
@@ -79,7 +79,7 @@ def build(folder: Path) -> Path:
     """A folder below `folder` with the libraries; built once for each wheel and each version of these sources."""
     binary = wheel() / "lib/libtorch_npu.so"
     key = hashlib.sha256(f"{binary} {binary.stat().st_size}".encode())
-    for source in (HERE / "ascendcl.c", HERE / "opapi.c", Path(__file__)):
+    for source in (*sorted(HERE.glob("*.c")), Path(__file__)):
         key.update(source.read_bytes())
     made = folder / key.hexdigest()[:16]
     if not made.exists():
@@ -102,6 +102,7 @@ def _build_ascendcl(folder: Path) -> None:
     stubs = folder / "stubs.c"
     stubs.write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in sorted(asked - implemented)))
     _compile(folder, "ascendcl", HERE / "ascendcl.c", stubs)
+    _compile(folder, "hccl", HERE / "hccl.c")
     empty = folder / "empty.c"
     empty.write_text("")
     for name in EMPTY:

@@ -16,6 +16,7 @@ RETURNING: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "aclnnAdds": ("x value alpha out", lambda x, value, alpha: x + value * alpha),
     "aclnnSub": ("x other alpha out", lambda x, other, alpha: torch.sub(x, other, alpha=alpha)),
     "aclnnSubs": ("x value alpha out", lambda x, value, alpha: x - value * alpha),
+    "aclnnRsubs": ("x value alpha out", lambda x, value, alpha: value - x * alpha),
     "aclnnMul": ("x other out", torch.mul),
     "aclnnMuls": ("x value out", torch.mul),
     "aclnnDiv": ("x other out", torch.div),
@@ -26,6 +27,8 @@ RETURNING: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "aclnnSigmoid": ("x out", torch.sigmoid),
     "aclnnSigmoidBackward": ("dy y out", lambda dy, y: dy * y * (1 - y)),
     "aclnnExp": ("x out", torch.exp),
+    "aclnnLog": ("x out", torch.log),
+    "aclnnSqrt": ("x out", torch.sqrt),
     "aclnnPowTensorScalar": ("x value out", torch.pow),
     "aclnnClamp": ("x low high out", torch.clamp),
     "aclnnBitwiseNot": ("x out", torch.bitwise_not),
@@ -33,6 +36,13 @@ RETURNING: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "aclnnLtTensor": ("x other out", torch.lt),
     "aclnnLeTensor": ("x other out", torch.le),
     "aclnnEqScalar": ("x value out", torch.eq),
+    "aclnnNeScalar": ("x value out", torch.ne),
+    "aclnnLtScalar": ("x value out", torch.lt),
+    "aclnnGeScalar": ("x value out", torch.ge),
+    "aclnnGtScalar": ("x value out", torch.gt),
+    "aclnnBitwiseOrTensor": ("x other out", torch.bitwise_or),
+    "aclnnLogicalOr": ("x other out", torch.logical_or),
+    "aclnnLogicalNot": ("x out", torch.logical_not),
     "aclnnMatmul": ("x other out cube_math_type:int8", lambda x, other, _: x @ other),
     "aclnnMm": ("x other out cube_math_type:int8", lambda x, other, _: x @ other),
     "aclnnBatchMatMul": ("x other out cube_math_type:int8", lambda x, other, _: x @ other),
@@ -53,6 +63,7 @@ RETURNING: dict[str, tuple[str, Callable[..., Tensor]]] = {
         "x repeats:int dim:int size:int out",
         lambda x, repeats, dim, _: x.repeat_interleave(repeats, dim),
     ),
+    "aclnnConstantPadNd": ("x pad value out", lambda x, pad, value: torch.nn.functional.pad(x, pad, value=value)),
     "aclnnStack": ("tensors dim:int out", torch.stack),
     "aclnnCat": ("tensors dim:int out", torch.cat),
     "aclnnScatterAdd": ("x dim:int index source out", torch.scatter_add),
@@ -69,9 +80,18 @@ IN_PLACE: dict[str, tuple[str, Callable[..., object]]] = {
     "aclnnInplaceFillScalar": ("value", Tensor.fill_),
     "aclnnInplaceAdd": ("other alpha", lambda x, other, alpha: x.add_(other, alpha=alpha)),
     "aclnnInplaceAdds": ("value alpha", lambda x, value, alpha: x.add_(value, alpha=alpha)),
+    "aclnnInplaceSub": ("other alpha", lambda x, other, alpha: x.sub_(other, alpha=alpha)),
+    "aclnnInplaceSubs": ("value alpha", lambda x, value, alpha: x.sub_(value, alpha=alpha)),
+    "aclnnInplaceDiv": ("other", Tensor.div_),
+    "aclnnInplaceDivs": ("value", Tensor.div_),
+    "aclnnInplaceExp": ("", Tensor.exp_),
     "aclnnInplaceMul": ("other", Tensor.mul_),
     "aclnnInplaceMuls": ("value", Tensor.mul_),
     "aclnnInplaceMaskedFillScalar": ("mask value", Tensor.masked_fill_),
+    "aclnnInplaceNormal": (
+        "mean:float32 std:float32 seed:int offset:int",
+        lambda x, mean, std, seed, offset: x.normal_(mean, std, generator=torch.Generator().manual_seed(seed + offset)),
+    ),
     "aclnnIndexPutImpl": (
         "indices values accumulate:bool unsafe:bool",
         lambda x, indices, values, accumulate, _: x.index_put_(tuple(indices), values, accumulate),
@@ -103,6 +123,12 @@ def _register() -> None:
 
 
 _register()
+
+
+@kernel("aclnnMaxDim", "x dim:int keep:bool out indices")
+def _max(x: Tensor, dim: int, keep: bool, out: Tensor, indices: Tensor) -> None:
+    for target, values in zip((out, indices), x.max(dim, keep), strict=True):
+        target.copy_(values)
 
 
 @kernel("aclnnEmbeddingDenseBackward", "grad indices num_weights:int padding_idx:int scale_grad_by_freq:bool out")

@@ -3,7 +3,7 @@
 Both take a mask that is True where a key is *hidden*, and ignore the sparse mode without one: a causal call that forgot
 its mask would attend to everything. Here the two always go together.
 
-Source: torch_npu's documentation of both ops, https://gitee.com/ascend/pytorch, and their schemas in the wheel.
+Source: torch_npu's documentation of both ops, https://gitcode.com/ascend/pytorch, and their schemas in the wheel.
 """
 
 from collections.abc import Sequence
