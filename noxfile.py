@@ -105,7 +105,7 @@ def tests(session: nox.Session, package: str) -> None:
 
 @nox.session
 def npu_contract(session: nox.Session) -> None:
-    """Every call to Ascend's ops, and a LLaMA that trains, on the real torch_npu over an emulated CANN.
+    """Every call to Ascend's ops, llama-model and trainer on the real torch_npu over an emulated CANN.
 
     Built with gcc for x86-64 Linux; the wheel is for Python 3.10 to 3.12.
     """
@@ -115,7 +115,7 @@ def npu_contract(session: nox.Session) -> None:
         session.skip("needs gcc")
     if sys.version_info >= (3, 13):
         session.skip("torch_npu has no wheel for this Python")
-    session.install(*CONSTRAINTS, *folders("llama-model"), *test_group("npu-kernels"), "torch_npu")
+    session.install(*CONSTRAINTS, *folders("trainer"), *test_group("npu-kernels"), "torch_npu")
     session.chdir("packages/npu-kernels")
     session.run("pytest", "tests/contract", *session.posargs, env={"REQUIRE_EMULATED_NPU": "1"})
 
