@@ -5,6 +5,8 @@ links, so that six with torch cost the disk of one.
 """
 
 import os
+import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  (whoever runs this may have an ol
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "arch", "bare", "tests", "road", "pythons"]
+nox.options.sessions = ["lint", "types", "arch", "bare", "tests", "npu_contract", "road", "pythons"]
 
 # uv does not read pip's configuration: hand on where local wheels lie, so that a CPU build of torch is found there.
 if "PIP_FIND_LINKS" in os.environ:
@@ -99,6 +101,23 @@ def tests(session: nox.Session, package: str) -> None:
     session.install(*CONSTRAINTS, *folders(package), *test_group(package))
     session.chdir(f"packages/{package}")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def npu_contract(session: nox.Session) -> None:
+    """Every call to Ascend's ops, llama-model and trainer on the real torch_npu over an emulated CANN.
+
+    Built with gcc for x86-64 Linux; the wheel is for Python 3.10 to 3.12.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        session.skip(f"the emulated CANN is for x86-64 Linux, this is {platform.machine()} {sys.platform}")
+    if not shutil.which("gcc"):
+        session.skip("needs gcc")
+    if sys.version_info >= (3, 13):
+        session.skip("torch_npu has no wheel for this Python")
+    session.install(*CONSTRAINTS, *folders("trainer"), *test_group("npu-kernels"), "torch_npu")
+    session.chdir("packages/npu-kernels")
+    session.run("pytest", "tests/contract", *session.posargs, env={"REQUIRE_EMULATED_NPU": "1"})
 
 
 @nox.session

@@ -25,8 +25,6 @@ class KeyValueCache:
 
     lengths: Tensor
     """int64 [b]: tokens of each row."""
-    longest: int
-    """The largest of them, known without asking the device."""
 
     def __init__(
         self, num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
@@ -36,7 +34,12 @@ class KeyValueCache:
         self._rows = torch.arange(shape[0], device=device)[:, None]  # [b, 1]
         self.num_slots = shape[1]
         self.lengths = torch.zeros(shape[0], dtype=torch.int64, device=device)
-        self.longest = 0
+        self._host_lengths = [0] * shape[0]  # the same, known without asking the device
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a row holds."""
+        return max(self._host_lengths)
 
     def positions(self, count: int) -> Tensor:
         """Where each row's next `count` tokens stand: int64 [b, s].
@@ -67,22 +70,23 @@ class KeyValueCache:
             keys[:, :count], values[:, :count] = k, v
             return attention(q, k, v)
         keys[self._rows, positions], values[self._rows, positions] = k, v
+        if count == 1:
+            after = [length + 1 for length in self._host_lengths]
+            return decode_attention(q, keys, values, self.lengths + 1, host_lengths=after)
         used = self.longest + count
         keys, values = keys[:, :used], values[:, :used]  # [b, S, g, d]
-        if count == 1:
-            return decode_attention(q, keys, values, self.lengths + 1)
         seen = torch.arange(used, device=q.device) <= positions[:, None, :, None]  # [b, 1, s, S]
         return attention(q, keys, values, causal=False, mask=seen)
 
     def advance(self, count: int) -> None:
         """Counts `count` more tokens in every row; the model calls it when all layers have stored them."""
         self.lengths = self.lengths + count
-        self.longest += count
+        self._host_lengths = [length + count for length in self._host_lengths]
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forgets what stands behind `lengths[i]` in row i: the padding of prompts shorter than the longest."""
         self.lengths = torch.tensor(lengths, device=self.lengths.device)
-        self.longest = max(lengths)
+        self._host_lengths = list(lengths)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Makes these rows the batch, in this order; one that is named twice, such as a prefix that several texts
@@ -93,3 +97,4 @@ class KeyValueCache:
         self._values = [values[index] for values in self._values]
         self._rows = torch.arange(len(rows), device=index.device)[:, None]
         self.lengths = self.lengths[index]
+        self._host_lengths = [self._host_lengths[row] for row in rows]

@@ -1,33 +1,24 @@
 """The one place that knows the accelerators: Ascend NPU, CUDA GPU and plain CPU.
 
-`torch_npu` is imported here only: when an NPU is asked for by name, or when nothing is named and it is installed.
+`torch_npu` is imported here only: when an NPU is asked for by name, or when nothing is named and it is installed; and
+not where `installation` sees that importing it would fail.
 """
 
+import functools
 import importlib.util
 import platform
+import sys
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
+from npu_kernels import installation, peaks
 from npu_kernels.errors import KernelError
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 """Device type to its collective backend, in the order in which a device is looked for."""
-
-_SXM_H = {torch.bfloat16: 989.4e12, torch.float16: 989.4e12, torch.float32: 66.9e12}
-PEAK_FLOPS: dict[str, dict[torch.dtype, float]] = {
-    # Dense tensor-core figures, never the doubled ones of structured sparsity; fp32 without TF32.
-    # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
-    "NVIDIA A100": {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 19.5e12},
-    # https://resources.nvidia.com/en-us-tensor-core/gtc22-whitepaper-hopper, table 2
-    "NVIDIA H100 PCIe": {torch.bfloat16: 756e12, torch.float16: 756e12, torch.float32: 51.2e12},
-    "NVIDIA H100 80GB HBM3": _SXM_H,
-    # https://www.nvidia.com/en-us/data-center/h200/: the compute of an H100 SXM, with more memory
-    "NVIDIA H200": _SXM_H,
-}
-"""Name of a device, as its driver spells the beginning of it, to peak FLOP/s by dtype. What is not here is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +64,11 @@ class Device:
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Dense peak of the current chip in FLOP/s for matrix products of `dtype`; None where it is not known."""
-        name = "" if self.type == "cpu" else self.name
-        known = max((start for start in PEAK_FLOPS if name.startswith(start)), key=len, default=None)
-        return None if known is None else PEAK_FLOPS[known].get(dtype)
+        return None if self.type == "cpu" else peaks.flops(self.name, dtype)
+
+    def peak_bytes_per_s(self) -> float | None:
+        """Peak bandwidth of the current chip's memory in byte/s; None where it is not known."""
+        return None if self.type == "cpu" else peaks.bytes_per_s(self.name)
 
     @property
     def _module(self) -> ModuleType:
@@ -115,13 +108,19 @@ def why_not(kind: str) -> str | None:
     return _npu_failure()
 
 
+@functools.cache  # a process finds out once
 def _npu_failure() -> str | None:
     """What importing an installed torch_npu and looking for its devices runs into."""
+    problems = [] if "torch_npu" in sys.modules else installation.problems()
+    for problem in (problem for problem in problems if problem.blocks):
+        reason = f"{problem.what}: {problem.fix}"
+        warnings.warn(reason, stacklevel=4)
+        return reason
     try:
         importlib.import_module("torch_npu")
         found = torch.get_device_module("npu").is_available()
-    except Exception as error:  # a missing CANN library is an OSError, a mismatch of versions whatever came first
+    except Exception as error:  # whatever a mismatch that is not known runs into first
         reason = f"torch_npu does not import: {type(error).__name__}: {error}"
-        warnings.warn(reason, stacklevel=3)
+        warnings.warn(reason, stacklevel=4)
         return reason
     return None if found else "torch_npu finds no NPU (driver, ASCEND_RT_VISIBLE_DEVICES?)"

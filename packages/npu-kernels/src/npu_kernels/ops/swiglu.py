@@ -1,10 +1,14 @@
 """SwiGLU: silu(gate) * up, of the two halves of one fused projection."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from npu_kernels.dispatch import select
+from npu_kernels.dispatch import Op
+from npu_kernels.ops.ascend import check_dtype, npu
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -26,7 +30,7 @@ def swiglu(x: Tensor) -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"the last dimension is {x.shape[-1]}: gate and up need halves of the same size")
-    return select(BACKENDS)(x)
+    return SWIGLU.on(x)(x)
 
 
 def _reference(x: Tensor) -> Tensor:
@@ -35,8 +39,37 @@ def _reference(x: Tensor) -> Tensor:
 
 
 def _torch(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, -1)  # [..., f] each
-    return F.silu(gate) * up
+    y: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
+    return y
 
 
-BACKENDS = {"reference": _reference, "torch": _torch}
+class _SwiGLU(torch.autograd.Function):
+    """F.silu and a product, with nothing kept for the backward but x: composed ops keep silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """[..., 2f] to [..., f]."""
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        """Written into the two halves of dx."""
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, -1)
+        dx = torch.empty_like(x)
+        dgate, dup = dx.chunk(2, -1)
+        torch.mul(F.silu(gate), dy, out=dup)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        return dx
+
+
+def _ascend(x: Tensor) -> Tensor:
+    check_dtype("swiglu", x)
+    y: Tensor = npu().npu_swiglu(x, -1)
+    return y
+
+
+SWIGLU = Op("swiglu", _reference, _torch, "F.silu, mul", _ascend, ("npu_swiglu",))
