@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -196,7 +197,8 @@ def test_help_loads_no_reader_and_no_encoder():
 def test_the_console_script_works(folder, corpus, tmp_path):
     command = ["run", "--input", corpus, "--tokenizer-name-or-path", folder, "--output-prefix", "out", "--workers", "2"]
     done = subprocess.run([SCRIPT, *map(str, command)], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert re.search(r"documents/s, .* MB/s, .* tokens/s; cache hit rate \d+\.\d+% of \d+ chunks", done.stderr)
     assert (tmp_path / "out_text_document.idx").exists()
     done = subprocess.run([SCRIPT, "inspect", "none"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "error: no such data set: none.idx\n")

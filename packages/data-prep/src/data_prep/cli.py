@@ -1,14 +1,17 @@
 """The `data-prep` console script: its verbs, and nothing of what they do."""
 
 import json as jsonlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from data_prep import commandline
+from data_prep.errors import UsageError
+from data_prep.upstream import without_upstreams
 
 CHECK_FAILED = 3
 
@@ -17,8 +20,15 @@ Prefix = Annotated[Path, tyro.conf.Positional]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of `data-prep VERB ...`."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["run"]:
+        try:
+            args = without_upstreams(args)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
     commands: dict[str, Callable[..., int]] = {"run": run, "inspect": inspect, "verify": verify}
-    return commandline.run("data-prep", "Turns raw text into Megatron indexed datasets.", commands, argv)
+    return commandline.run("data-prep", "Turns raw text into Megatron indexed datasets.", commands, args)
 
 
 def run(
@@ -29,7 +39,19 @@ def run(
     handler_name: str = "GeneralPretrainHandler",
     json_keys: list[str] = ["text"],  # noqa: B006  (the parser shows it; it is never changed)
     append_eod: bool = False,
+    prompt_type: str | None = None,
+    map_keys: str | None = None,
+    input_weights: list[float] = [],  # noqa: B006
+    special_tokens_in_text: Literal["match", "ignore"] = "match",
+    dtype: Literal["int32", "uint16"] = "int32",
+    pack: bool = False,
+    seq_length: int | None = None,
+    skip_bad_records: bool = False,
+    num_shards: int = 1,
+    shard_index: int = 0,
     workers: int = 1,
+    resume: bool = False,
+    log_interval: int = 0,
     overwrite: bool = False,
     json: bool = False,
 ) -> int:
@@ -38,16 +60,30 @@ def run(
     Example: data-prep run --input corpus.jsonl --tokenizer-name-or-path llama-2-7b-hf --output-prefix data/corpus
 
     Args:
-        input: Files or folders: parquet, jsonl, json, csv, txt (a line is a document).
+        input: Files or folders: parquet, arrow, jsonl, json, csv, txt (a line is a document), compressed or zipped too.
         tokenizer_name_or_path: Hugging Face folder, or a tokenizer's file.
         output_prefix: Prefix of the files to write.
-        handler_name: GeneralPretrainHandler, AlpacaPretrainHandler or GeneralInstructionHandler.
+        handler_name: GeneralPretrainHandler, AlpacaPretrainHandler, GeneralInstructionHandler, MOSSInstructionHandler,
+            AlpacaStyleInstructionHandler, SharegptStyleInstructionHandler or OpenAIInstructionHandler.
         json_keys: Columns to read (GeneralPretrainHandler).
         append_eod: End each document with </s>.
+        prompt_type: alpaca, llama2, default or empty: what stands around the messages (handlers of conversations).
+        map_keys: Your columns, as JSON: {"prompt": "question", "response": "answer"} (handlers of conversations).
+        input_weights: How many times each input is read, 0.5 for every second record.
+        special_tokens_in_text: Whether </s> in a text becomes the special id, or text as any other.
+        dtype: uint16 halves a pretraining data set where the vocabulary fits.
+        pack: Pack documents to --seq-length tokens, none of them cut.
+        seq_length: Tokens of a pack; without --pack it changes nothing, as documents are never cut.
+        skip_bad_records: Leave out what cannot be used, and list it, instead of stopping there.
+        num_shards: Write one of so many parts; data-prep merge joins them.
+        shard_index: Which part, from 0.
         workers: Processes that tokenize; the bytes are the same for any number.
+        resume: Continue what a killed run with the same options left.
+        log_interval: Documents between two lines of progress where there is no terminal; 0 for none.
         overwrite: Replace a data set that is there.
         json: Print the manifest as JSON.
     """
+    from data_prep.handlers import parse_map_keys
     from data_prep.preparation import prepare
 
     with commandline.unwinding_on_sigterm():
@@ -58,7 +94,18 @@ def run(
             handler_name=handler_name,
             json_keys=json_keys,
             append_eod=append_eod,
+            prompt_type=prompt_type,
+            map_keys=parse_map_keys(map_keys) if map_keys else None,
+            input_weights=input_weights,
+            special_tokens_in_text=special_tokens_in_text,
+            dtype=dtype,
+            pack_length=_pack_length(pack, seq_length),
+            skip_bad_records=skip_bad_records,
+            num_shards=num_shards,
+            shard_index=shard_index,
             workers=workers,
+            resume=resume,
+            log_interval=log_interval,
             overwrite=overwrite,
         )
     if json:
@@ -67,6 +114,12 @@ def run(
     counts = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens"
     print(f"{output_prefix}: {counts}, vocabulary of {manifest.vocab_size:,}")
     return 0
+
+
+def _pack_length(pack: bool, seq_length: int | None) -> int | None:
+    if pack and seq_length is None:
+        raise UsageError("--pack needs --seq-length: the tokens of a pack")
+    return seq_length if pack else None
 
 
 def inspect(

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import DataError, UsageError
-from data_prep.handlers import IGNORED
 from data_prep.indexed_dataset import IndexedDataset, find_prefixes
+from data_prep.instruction import IGNORED
 from data_prep.manifest import read_manifest
 from data_prep.tokenizer import Tokenizer
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.handlers import IGNORED
-from data_prep.indexed_dataset import IndexedDataset, find_prefixes, sha256_of
+from data_prep.indexed_dataset import IndexedDataset, find_prefixes
+from data_prep.indexed_writer import sha256_of
+from data_prep.instruction import IGNORED
 from data_prep.manifest import Manifest, read_manifest
 
 _PACKED = "_packed_input_ids_document"
