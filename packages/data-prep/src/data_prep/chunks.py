@@ -11,7 +11,6 @@ gathered, without a Python object a chunk.
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,15 +24,16 @@ _LONGEST_KEY = 128
 _CACHE_BYTES = 48 << 20
 _ENTRY_BYTES = 220
 """What an entry of the cache takes in Python's memory, besides its key and its ids."""
-_LEARNT = 50_000
-"""Distinct chunks to be met before the share of new ones says anything about the text."""
+_LEARNT = 1 << 18
+"""Bytes of text to be met before the share of new chunks says anything about it."""
 _GIVE_UP = 0.4
 """Share of the bytes in chunks met for the first time above which the library alone is as fast."""
 _PAUSE = 15
 """Batches that the library then gets whole, before the cache is tried again."""
 
 
-EncodeRows = Callable[[Sequence[str]], Sequence[Sequence[int]]]
+EncodeRows = Callable[[Sequence[str]], Sequence[np.ndarray]]
+"""Ids of each of some texts, int32."""
 
 
 @dataclass
@@ -200,7 +200,7 @@ class ChunkEncoder:
         new = [at for at, ids in enumerate(found) if ids is None]
         if self._old:
             new = [at for at in new if not self._found_in_old(keys[at], at, found)]
-        self._met += len(new)
+        self._met += size
         if any(map(self._odd.search, [keys[at] for at in new])):
             raise OddChunkError
         if new and self._met > _LEARNT and sum(len(keys[at]) for at in new) > _GIVE_UP * size:
@@ -227,7 +227,7 @@ class ChunkEncoder:
             if chunk == b" ":
                 yield self._space
             else:
-                yield np.array(row[1:] if chunk[0] == _NEWLINE else row, "<i4").tobytes()
+                yield (row[1:] if chunk[0] == _NEWLINE else row).tobytes()
 
     def _keep(self, key: bytes, ids: bytes) -> None:
         """Bounds the cache by halves: when the young one is full it becomes the old one, whose entries are dropped."""
@@ -237,7 +237,7 @@ class ChunkEncoder:
         self._young[key] = ids
 
 
-def flat(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of ids as ids [tokens] int32 and lengths [rows] int64."""
+def flat(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of some texts as ids [tokens] int32 of all, and lengths [rows] int64."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
+    return np.concatenate([np.empty(0, np.int32), *rows]), lengths

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
-    commands: dict[str, Callable[..., int]] = {"run": run, "inspect": inspect, "verify": verify}
+    commands: dict[str, Callable[..., int]] = {"run": run, "merge": merge, "inspect": inspect, "verify": verify}
     return commandline.run("data-prep", "Turns raw text into Megatron indexed datasets.", commands, args)
 
 
@@ -120,6 +120,35 @@ def _pack_length(pack: bool, seq_length: int | None) -> int | None:
     if pack and seq_length is None:
         raise UsageError("--pack needs --seq-length: the tokens of a pack")
     return seq_length if pack else None
+
+
+def merge(
+    prefix: Annotated[list[Path], tyro.conf.Positional],
+    *,
+    output_prefix: Path,
+    overwrite: bool = False,
+    json: bool = False,
+) -> int:
+    """Joins data sets without tokenizing again: several, or the shards of one.
+
+    Example: data-prep merge data/books data/code --output-prefix data/all
+
+    Args:
+        prefix: The data sets, with or without their _{key}_document; or the prefix whose shards are joined.
+        output_prefix: Prefix of the files to write.
+        overwrite: Replace a data set that is there.
+        json: Print the manifests as JSON.
+    """
+    from data_prep.merging import merge as merged
+
+    with commandline.unwinding_on_sigterm():
+        manifests = merged(prefix, str(output_prefix), overwrite=overwrite)
+    if json:
+        print(jsonlib.dumps([asdict(manifest) for manifest in manifests]))
+        return 0
+    counts = f": {manifests[0].documents:,} documents, {manifests[0].tokens:,} tokens" if manifests else ""
+    print(f"{output_prefix}{counts}")
+    return 0
 
 
 def inspect(

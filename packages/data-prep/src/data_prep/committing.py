@@ -23,7 +23,7 @@ def check_target(prefixes: Sequence[Path], overwrite: bool) -> None:
         raise DataError(f"{there[0]} exists: give --overwrite to replace it, or choose another --output-prefix")
 
 
-def commit(writers: Sequence[IndexedWriter], manifests: Sequence[Manifest]) -> None:
+def commit(writers: Sequence[IndexedWriter], manifests: Sequence[Manifest | None]) -> None:
     """Moves every file to its place: readers refuse a `.bin` without its `.idx`, so the indices frame the change."""
     folder = writers[0].prefix.parent
     for writer in writers:
@@ -32,7 +32,8 @@ def commit(writers: Sequence[IndexedWriter], manifests: Sequence[Manifest]) -> N
     _sync(folder)
     for writer, manifest in zip(writers, manifests, strict=True):
         writer.put(".bin")
-        write_manifest(writer.prefix, manifest)
+        if manifest:
+            write_manifest(writer.prefix, manifest)
     _sync(folder)
     for writer in writers:
         writer.put(".idx")

@@ -39,7 +39,7 @@ class Encoder(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, by the library."""
 
-    def encode_rows(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    def encode_rows(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
         """`encode` of each text."""
 
     def odd(self, texts: pa.Array) -> pa.Array:
@@ -117,14 +117,14 @@ class SentencePieceEncoder:
     def _anchor(self) -> tuple[list[int], str]:
         return _anchor(self.pieces, self._model.decode)
 
-    def _rows(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        rows: Sequence[Sequence[int]] = self._model.encode(texts, num_threads=1)
+    def _rows(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
+        rows: Sequence[np.ndarray] = self._model.encode(texts, num_threads=1, return_type="numpy")
         return rows
 
-    def encode_rows(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    def encode_rows(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
         """`encode` of each text."""
-        if any(map(self._split.search, texts)):
-            return [self.encode(text) for text in texts]
+        if self._literal and any(map(self._split.search, texts)):
+            return [np.array(self.encode(text), np.int32) for text in texts]
         return self._rows(texts)
 
     def odd(self, texts: pa.Array) -> pa.Array:
@@ -204,9 +204,10 @@ class TokenizersEncoder:
         """Ids of `text`."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_rows(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    def encode_rows(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
         """`encode` of each text."""
-        return [row.ids for row in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        rows = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(row.ids, np.int32) for row in rows]
 
     def odd(self, texts: pa.Array) -> pa.Array:
         """[texts] bool: added tokens, and `▁` itself, which is a space to the model."""

@@ -65,6 +65,17 @@ class IndexedDataset:
         begin = int(self._offsets[number]) // self.dtype.itemsize
         return self._ids[begin : begin + int(self.sequence_lengths[number])]
 
+    def span(self, begin: int, end: int) -> np.ndarray:
+        """The ids of sequences `begin` to `end`, one after another."""
+        if begin >= end:
+            return np.empty(0, self.dtype)
+        offsets = self._offsets[begin:end]
+        sizes = self.sequence_lengths[begin:end].astype(np.int64) * self.dtype.itemsize
+        if (offsets == offsets[0] + np.cumsum(sizes) - sizes).all():
+            first = int(offsets[0]) // self.dtype.itemsize
+            return self._ids[first : first + int(sizes.sum()) // self.dtype.itemsize]
+        return np.concatenate([self[number] for number in range(begin, end)])
+
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[number] for number in range(len(self)))
 

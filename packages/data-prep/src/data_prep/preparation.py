@@ -60,6 +60,8 @@ class Plan:
             raise UsageError(f"--dtype {self.dtype}: int32, or uint16 for pretraining data")
         if self.pack_length is not None and self.pack_length < 1:
             raise UsageError(f"--seq-length {self.pack_length}: give the tokens of a pack")
+        if self.pack_length and self.num_shards > 1:
+            raise UsageError("--pack with --num-shards: a pack would end with its shard, and the bytes would differ")
         if not 0 <= self.shard_index < self.num_shards:
             raise UsageError(f"--shard-index {self.shard_index} is none of the {self.num_shards} from 0 on")
 

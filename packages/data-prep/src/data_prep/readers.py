@@ -20,7 +20,7 @@ from data_prep.opening import Opened, opened, seekable
 from data_prep.rows import Record, Rows, no_column
 from data_prep.sources import Source
 
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 2 << 20
 """A batch ends with the record that reaches it."""
 BATCH_ROWS = 8192
 _BLOCK = 1 << 20
