@@ -53,6 +53,7 @@ def run(
     resume: bool = False,
     log_interval: int = 0,
     overwrite: bool = False,
+    executor: Literal["local", "ray"] = "local",
     json: bool = False,
 ) -> int:
     """Writes a data set from raw files.
@@ -81,6 +82,7 @@ def run(
         resume: Continue what a killed run with the same options left.
         log_interval: Documents between two lines of progress where there is no terminal; 0 for none.
         overwrite: Replace a data set that is there.
+        executor: ray makes the shards of the data set on a Ray cluster (extra [ray]), --workers at a time.
         json: Print the manifest as JSON.
     """
     from data_prep.handlers import parse_map_keys
@@ -107,6 +109,7 @@ def run(
             resume=resume,
             log_interval=log_interval,
             overwrite=overwrite,
+            executor=executor,
         )
     if json:
         print(jsonlib.dumps(asdict(manifest)))
@@ -152,7 +155,12 @@ def merge(
 
 
 def inspect(
-    prefix: Prefix, *, document: int | None = None, tokenizer_name_or_path: Path | None = None, json: bool = False
+    prefix: Prefix,
+    *,
+    document: int | None = None,
+    tokenizer_name_or_path: Path | None = None,
+    plot: Path | None = None,
+    json: bool = False,
 ) -> int:
     """Shows what a data set holds, or one document of it and where the loss falls.
 
@@ -162,6 +170,7 @@ def inspect(
         prefix: The data set, with or without its _{key}_document.
         document: Number of the document to show, from 0.
         tokenizer_name_or_path: Decodes the document.
+        plot: PNG file to draw the histogram of lengths into (extra [plot]).
         json: Print it as JSON.
     """
     from data_prep import inspection
@@ -169,6 +178,8 @@ def inspect(
 
     if document is None:
         facts = inspection.describe(prefix)
+        if plot:
+            inspection.plot(facts, plot)
         print(jsonlib.dumps(facts) if json else "\n\n".join(map(_figures, facts)))
         return 0
     tokenizer = Tokenizer(tokenizer_name_or_path) if tokenizer_name_or_path else None
@@ -195,12 +206,17 @@ def verify(prefix: Prefix, *, json: bool = False) -> int:
 
 
 def _figures(facts: dict[str, Any]) -> str:
+    from data_prep.inspection import histogram_lines
+
     manifest = facts.pop("manifest") or {"manifest": "none: the data is foreign, its vocabulary is not known"}
-    files = manifest.pop("inputs", [])
-    rows = {**facts, "mean": f"{facts['mean']:.1f}", **{name: value for name, value in manifest.items()}}
+    files, lengths, with_loss = manifest.pop("inputs", []), facts.pop("histogram"), facts.pop("with_loss")
+    manifest.pop("skipped_records", None)
+    rows = {**facts, "mean": f"{facts['mean']:.1f}", **{name: value for name, value in manifest.items() if value != {}}}
+    if with_loss is not None:
+        rows["with loss"] = f"{with_loss} ({with_loss / max(facts['tokens'], 1):.1%})"
     rows |= {f"input {number}": f"{file['name']} ({file['bytes']:,} bytes)" for number, file in enumerate(files)}
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows.items()), "", *histogram_lines(lengths)])
 
 
 def _document(found: dict[str, Any]) -> str:

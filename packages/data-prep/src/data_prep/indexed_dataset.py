@@ -20,6 +20,9 @@ DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.
 """Codes of the integer types. Codes 6 and 7 are floats, which Megatron-LM and AscendSpeed give to each other's type."""
 HEADER = struct.Struct("<9sQBQQ")
 
+_PIECE = 1 << 20
+"""Tokens that are handled at a time where all of them could be many."""
+
 
 class IndexedDataset:
     """A data set on disk, memory-mapped: `len()` sequences, `[i]` the ids of one (read-only, of type `dtype`).
@@ -75,6 +78,17 @@ class IndexedDataset:
             first = int(offsets[0]) // self.dtype.itemsize
             return self._ids[first : first + int(sizes.sum()) // self.dtype.itemsize]
         return np.concatenate([self[number] for number in range(begin, end)])
+
+    def pieces(self, tokens: int = _PIECE) -> Iterator[tuple[int, int]]:
+        """(begin, end) of sequences in a row that hold about so many tokens together, from the first to the last."""
+        begin = before = 0
+        step = max(1, tokens // 8)
+        while begin < len(self):
+            ends = before + np.cumsum(self.sequence_lengths[begin : begin + step], dtype=np.int64)
+            end = begin + max(1, int(np.searchsorted(ends, before + tokens, side="right")))
+            before = int(ends[end - begin - 1])
+            yield begin, end
+            begin = end
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[number] for number in range(len(self)))

@@ -18,7 +18,7 @@ from data_prep.indexed_writer import CODES, Block, IndexedWriter
 from data_prep.manifest import Manifest, read_manifest
 
 _BLOCK = 1 << 20
-"""Tokens, or documents, that are copied at a time."""
+"""Bounds of documents that are copied at a time."""
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})_.*_document\.idx$")
 _KEY = re.compile(r"_(packed_(input_ids|attention_mask|labels)|[^_]+)_document$")
 
@@ -110,13 +110,8 @@ def _written(
 def _blocks(data: IndexedDataset) -> Iterator[Block]:
     """A data set in pieces: sequences first, then the bounds of documents."""
     nothing = np.empty(0, np.int32)
-    ends = np.cumsum(data.sequence_lengths, dtype=np.int64)
-    begin = 0
-    while begin < len(data):
-        before = int(ends[begin - 1]) if begin else 0
-        end = max(begin + 1, int(np.searchsorted(ends, before + _BLOCK, side="right")))
+    for begin, end in data.pieces():
         yield Block(data.span(begin, end), data.sequence_lengths[begin:end], nothing)
-        begin = end
     bounds = data.document_indices
     for at in range(0, len(bounds) - 1, _BLOCK):
         yield Block(nothing, nothing, np.diff(bounds[at : at + _BLOCK + 1]))

@@ -122,6 +122,7 @@ def prepare(
     resume: bool = False,
     log_interval: int = 0,
     overwrite: bool = False,
+    executor: str = "local",
 ) -> Manifest:
     """Writes `{output_prefix}_{key}_document.{bin,idx}` and a manifest for each key of the handler.
 
@@ -148,6 +149,7 @@ def prepare(
         resume: Continue what a killed run with the same options left.
         log_interval: Documents between two lines on stderr where it is no terminal; 0 for none.
         overwrite: Replace a data set that is there.
+        executor: "local", or "ray": the shards of the data set are made on a Ray cluster, `workers` at a time.
 
     Returns:
         The manifest of the handler's first key.
@@ -174,6 +176,14 @@ def prepare(
         num_shards=num_shards,
         shard_index=shard_index,
     )
+    if executor == "ray":
+        from data_prep.executors import make_on_ray
+
+        if resume:
+            raise UsageError("--resume: with --executor ray, shards are made again as a whole")
+        return make_on_ray(plan, workers=workers, overwrite=overwrite)
+    if executor != "local":
+        raise UsageError(f"--executor {executor}: local or ray")
     return make(plan, workers=workers, resume=resume, log_interval=log_interval, overwrite=overwrite)
 
 
