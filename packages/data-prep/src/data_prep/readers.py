@@ -246,14 +246,14 @@ class _NoRecordError(Exception):
 def _line_batches(source: Source) -> Iterator[Batch]:
     """A line belongs to the part that its first byte lies in."""
     with opened(source.path, source.member, source.packing) as stream:
-        number, at = _skip(stream, source.begin if source.aligned else max(source.begin - 1, 0), source.kind)
+        number, at, last = _skip(stream, source.begin if source.aligned else max(source.begin - 1, 0), source.kind)
         rest = b""
         if source.begin and not source.aligned:  # the line that the byte before it lies in began earlier
             while b"\n" not in rest and (more := stream.read(_BLOCK)):
                 rest += more
             head, newline, rest = rest.partition(b"\n")
             at += len(head + newline)
-            number += _count(head + newline, source.kind)
+            number += _count(head + newline, source.kind, last)
         elif not source.begin:
             rest = stream.read(_BLOCK)
             if rest.startswith(_BOM):
@@ -301,20 +301,21 @@ def _cut_behind(stream: Opened, content: bytes, limit: int) -> tuple[bytes, byte
     return (content, b"") if cut < 0 else (content[: cut + 1], content[cut + 1 :])
 
 
-def _skip(stream: Opened, size: int, kind: str) -> tuple[int, int]:
-    """(number of the line there, the byte) once `size` bytes are behind."""
-    number, at = 1, 0
+def _skip(stream: Opened, size: int, kind: str) -> tuple[int, int, bytes]:
+    """(number of the line there, the byte, the byte before it) once `size` bytes are behind."""
+    number, at, last = 1, 0, b""
     while at < size and (block := stream.read(min(_BLOCK, size - at))):
-        number += _count(block, kind)
+        number += _count(block, kind, last)
         at += len(block)
-    return number, at
+        last = block[-1:]
+    return number, at, last
 
 
-def _count(content: bytes, kind: str) -> int:
-    """The lines that end in `content`."""
+def _count(content: bytes, kind: str, last: bytes = b"") -> int:
+    """The lines that end in `content`; `last` is the byte before it, which may be half of a CRLF."""
     count = content.count(b"\n")
-    if kind == ".txt" and b"\r" in content:
-        count += content.count(b"\r") - content.count(b"\r\n")
+    if kind == ".txt" and b"\r" in last + content:
+        count += content.count(b"\r") - (last + content).count(b"\r\n")
     return count
 
 

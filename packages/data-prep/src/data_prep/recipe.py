@@ -79,5 +79,6 @@ class Worker:
 def _spread(rows: Rows, share: float) -> Rows:
     """A share of the records, evenly spread by their numbers: of a third, each third one, however they are batched."""
     numbers = np.asarray(rows.numbers, np.float64)
-    keep = np.floor(numbers * share) > np.floor((numbers - 1) * share)
+    tiny = 1e-9  # a third of three is one, whatever floats say
+    keep = np.floor(numbers * share + tiny) > np.floor((numbers - 1) * share + tiny)
     return rows.without([Bad(int(at), "") for at in np.flatnonzero(~keep)])

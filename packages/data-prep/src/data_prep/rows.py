@@ -123,7 +123,7 @@ class Rows:
         if name not in self.content.schema.names:
             return pa.array([default] * len(self), pa.string())
         column = _as_string(self.content.column(name))
-        return self.column(name, self.values(name)) if column is None else column
+        return self.column(name, _pythons(self.content.column(name))) if column is None else column
 
     def column(self, name: str, values: Sequence[Any]) -> pa.Array:
         """[records] string: `values` as texts without nulls; `name` says what they are.
@@ -149,6 +149,8 @@ class Rows:
 
 def text_complaint(name: str, value: object) -> str | None:
     """What is wrong with a value that should be a text; None if nothing is."""
+    if isinstance(value, bytes):
+        return f": {name!r} is not UTF-8"
     if not isinstance(value, str):
         return f": {name!r} is {'null' if value is None else type(value).__name__}, not text"
     try:
@@ -169,6 +171,25 @@ def _as_string(column: pa.Array) -> pa.Array | None:
         return None
     if column.null_count:
         return None
-    plain = column if column.type == pa.string() else pc.cast(column, pa.string())
-    plain.validate(full=True)  # files may hold anything
+    try:
+        plain = column if column.type == pa.string() else pc.cast(column, pa.string())
+        plain.validate(full=True)  # files may hold anything
+    except pa.ArrowInvalid:
+        return None
     return plain
+
+
+def _pythons(column: pa.Array) -> list[Any]:
+    """The values of a column; bytes where they should be text and are not UTF-8."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        values = [_text_or_bytes(value) for value in pc.cast(column, pa.binary()).to_pylist()]
+    return values
+
+
+def _text_or_bytes(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
