@@ -62,12 +62,12 @@ def make_on_ray(plan: Plan, *, workers: int, overwrite: bool) -> Manifest:
         num_shards=count,
     )
     try:
-        _run(ray, [replace(whole, shard_index=index) for index in range(count)], workers)
+        documents = _run(ray, [replace(whole, shard_index=index) for index in range(count)], workers)
+        if not sum(documents):
+            raise DataError(f"the input holds no document: {', '.join(map(str, plan.inputs))}")
         manifests = merge([folder / "part"], str(target), overwrite=overwrite)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if not manifests[0].documents:
-        raise DataError(f"the input holds no document: {', '.join(map(str, plan.inputs))}")
     return manifests[0]
 
 
@@ -76,32 +76,33 @@ def _outputs(plan: Plan) -> Sequence[str]:
     return outputs or [f"_{key}_document" for key in plan.json_keys]
 
 
-def _run(ray: Any, plans: Sequence[Plan], workers: int) -> None:
-    """Makes all shards, at most `workers` at a time."""
+def _run(ray: Any, plans: Sequence[Plan], workers: int) -> list[int]:
+    """Makes all shards, at most `workers` at a time; the documents of each, in any order."""
     ours = not ray.is_initialized()
     if ours:
         local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers}
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **local)
     try:
         task = ray.remote(num_cpus=1, max_retries=RETRIES)(make_shard)
-        waiting, done = list(plans), 0
-        running: list[Any] = []
+        waiting, running = list(plans), list[Any]()
+        done: list[int] = []
         while waiting or running:
             while waiting and len(running) < workers:
                 running.append(task.remote(waiting.pop(0)))
             finished, running = ray.wait(running)
-            _check(ray, finished)
-            done += len(finished)
-            print(f"{done} of {len(plans)} shards", file=sys.stderr)
+            done += _results(ray, finished)
+            print(f"{len(done)} of {len(plans)} shards", file=sys.stderr)
+        return done
     finally:
         if ours:
             ray.shutdown()
 
 
-def _check(ray: Any, finished: Sequence[Any]) -> None:
-    """Raises the error of a shard as this process would have met it."""
+def _results(ray: Any, finished: Sequence[Any]) -> list[int]:
+    """What shards returned; raises the error of one as this process would have met it."""
     try:
-        ray.get(finished)
+        found: list[int] = ray.get(finished)
+        return found
     except ray.exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None)
         raise DataError(str(cause) if isinstance(cause, (DataError, OSError)) else str(error)) from None

@@ -56,6 +56,8 @@ def merge(prefixes: Sequence[str | Path], output_prefix: str | Path, *, overwrit
     try:
         for key, target in targets.items():
             writers[key] = _written(target, [IndexedDataset(keys[key]) for keys in parts], writers, key)
+        if not any(writer.documents for writer in writers.values()):
+            raise DataError(f"there is no document in {', '.join(map(str, prefixes))}")
         found = [_counted(manifests[key], writer) for key, writer in writers.items()]
         commit(list(writers.values()), found)
         return [each for each in found if each]
