@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROWS, TEXTS
-from data_prep import templates
+from data_prep import IndexedDataset, inspection, templates
 from data_prep.cli import main
 
 SCRIPT = str(Path(sys.executable).parent / "data-prep")
@@ -48,6 +49,52 @@ def test_inspect_shows_figures(prepared, capsys):
     ]
     assert {each["documents"] for each in facts} == {len(ROWS)}
     assert "GeneralInstructionHandler" in said(capsys, "inspect", prepared)
+
+
+def test_inspect_draws_lengths(prepared, tmp_path, capsys):
+    labels = f"{prepared}_packed_labels_document"
+    (facts,) = json.loads(said(capsys, "inspect", labels, "--json", "--plot", tmp_path / "lengths.png"))
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))
+    lengths = IndexedDataset(labels).sequence_lengths
+    edges, counts = facts["histogram"].values()
+    assert len(edges) == len(counts) + 1 <= 22
+    assert counts == [sum(begin <= length < end for length in lengths) for begin, end in pairwise(edges)]
+    assert sum(counts) == len(ROWS)
+    assert facts["with_loss"] == sum(int((ids != -100).sum()) for ids in IndexedDataset(labels))
+    text = said(capsys, "inspect", labels)
+    assert f"with loss          {facts['with_loss']} (" in text
+    bars = [line for line in text.splitlines() if "#" in line]
+    assert [int(line.split()[-1]) for line in bars] == [count for count in counts if count]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "found"),
+    [
+        ([], ([0, 1], [0])),
+        ([0, 0], ([0, 1], [2])),
+        ([1, 2, 3], ([0, 1, 2, 3, 4], [0, 1, 1, 1])),
+        ([5] * 200 + [1000], ([0, 1, 2, 3, 4, 5, 6, 1001], [0, 0, 0, 0, 0, 200, 1])),
+    ],
+)
+def test_histograms(lengths, found):
+    assert tuple(inspection.histogram(np.array(lengths, np.int32)).values()) == found
+
+
+def test_inspect_without_matplotlib_is_a_usage_error(prepared, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = said(capsys, "inspect", prepared, "--plot", tmp_path / "a.png", code=2)
+    assert "puna-data-prep[plot]" in words
+
+
+def test_merge_prints_the_manifests(prepared, tmp_path, capsys):
+    output = tmp_path / "twice"
+    command = ["merge", prepared, prepared, "--output-prefix", output]
+    assert said(capsys, *command).startswith(f"{output}: {2 * len(ROWS)} documents, ")
+    manifests = json.loads(said(capsys, *command, "--overwrite", "--json"))
+    assert [manifest["documents"] for manifest in manifests] == [2 * len(ROWS)] * 3
+    assert "is whole" in said(capsys, "verify", output)
+    assert "exists" in said(capsys, *command, code=1)
 
 
 def test_inspect_shows_where_the_loss_falls(prepared, folder, capsys):

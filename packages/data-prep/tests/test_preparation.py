@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -202,3 +204,22 @@ def test_foreign_data_has_no_manifest_and_later_ones_are_refused(folder, corpus,
     file.unlink()
     assert read_manifest(tmp_path / "out") is None
     assert verify(tmp_path / "out") == []
+
+
+def test_a_tokenizer_json_that_disagrees_on_the_data_is_noted(folder, json_folder, tmp_path, capsys):
+    """Merges in the order of ids instead of scores, as some converters write them; in their own order, the control."""
+    home = tmp_path / "both"
+    shutil.copytree(folder, home)
+    shutil.copy(json_folder / "tokenizer.json", home)
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS), "utf-8")
+    prepare([tmp_path / "in.txt"], tmp_path / "a", tokenizer=home)
+    assert "note:" not in capsys.readouterr().err
+    content = json.loads((home / "tokenizer.json").read_text("utf-8"))
+    content["model"]["merges"].reverse()
+    (home / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    prepare([tmp_path / "in.txt"], tmp_path / "b", tokenizer=home)
+    assert re.search(r"note: .*tokenizer\.json gives other ids to \d+ of \d+ distinct words", capsys.readouterr().err)
+    assert (tmp_path / "a_text_document.bin").read_bytes() == (tmp_path / "b_text_document.bin").read_bytes()
+    (home / "tokenizer.json").write_text("{}", "utf-8")
+    prepare([tmp_path / "in.txt"], tmp_path / "c", tokenizer=home)
+    assert "cannot be compared" in capsys.readouterr().err

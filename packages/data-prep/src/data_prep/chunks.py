@@ -11,6 +11,7 @@ gathered, without a Python object a chunk.
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -182,6 +183,14 @@ class ChunkEncoder:
         if len(places):  # joined has one space more before each text; the byte before the place is the newline
             before = ends[np.searchsorted(cuts, starts[:-1] + places)] + 1 - first[:-1]
         return Encoded(ids[: ends[-1]], np.diff(first), before)
+
+    def learnt(self, most: int) -> list[tuple[str, list[int]]]:
+        """Texts that each are a chunk which was met, with their ids; at most so many."""
+        found = []
+        for key, ids in islice(chain(self._young.items(), self._old.items()), most):
+            if key[0] == _SPACE and len(key) > 1:
+                found.append((key[1:].decode(), np.frombuffer(ids, "<i4").tolist()))
+        return found
 
     def _cuts(self, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """[chunks] int32: where each begins."""

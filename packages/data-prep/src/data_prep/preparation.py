@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.committing import check_target, commit
+from data_prep.comparison import disagreement
 from data_prep.errors import DataError, UsageError
 from data_prep.handlers import HandlerOptions, check_handler
 from data_prep.indexed_writer import IndexedWriter, sha256_of
@@ -382,6 +383,8 @@ class _Run:
         progress = self._progress
         progress.at(sum(source.size for source, _ in self._reads), *self._written())
         _say(f"{progress.seconds:.1f} s: {progress.rates()}; {progress.cache()}")
+        if note := disagreement(self.worker.tokenizer, self.plan.tokenizer):
+            _say(f"note: {note}")
         if self._journal.bad:
             _say(f"{len(self._journal.bad):,} records were skipped")
         if self._packer and self._packer.too_long:

@@ -127,6 +127,10 @@ class Tokenizer:
         """How the cache of chunks does; None where this vocabulary's chunks depend on each other."""
         return self._encoder.chunks.counts if self._encoder.chunks else None
 
+    def learnt(self, most: int) -> list[tuple[str, list[int]]]:
+        """Some of the distinct words that were encoded, with their ids; none where there is no cache."""
+        return self._encoder.chunks.learnt(most) if self._encoder.chunks else []
+
     def prefix_length(self, text: str, end: int, ids: Sequence[int] | np.ndarray) -> int:
         """`len(encode(text[:end]))`, read off the ids of the whole text where that is sure.
 
