@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from data_prep.chunks import NO_PLACES, ChunkEncoder, Encoded, OddChunkError, flat, independent, space_inside
 from data_prep.errors import DataError
 from data_prep.hugging_face import HuggingFaceFiles
+from data_prep.long_texts import LONG, pairs_of, segments
 
 
 class Encoder(Protocol):
@@ -123,9 +124,41 @@ class SentencePieceEncoder:
 
     def encode_rows(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
         """`encode` of each text."""
-        if self._literal and any(map(self._split.search, texts)):
-            return [np.array(self.encode(text), np.int32) for text in texts]
+        if max(map(len, texts), default=0) > LONG or (self._literal and any(map(self._split.search, texts))):
+            return [self._array(text) for text in texts]
         return self._rows(texts)
+
+    def _array(self, text: str) -> np.ndarray:
+        """`encode`, as int32."""
+        if len(text) <= LONG:
+            return np.array(self.encode(text), np.int32)
+        parts = [np.empty(0, np.int32)]
+        for stretch in self._split.split(text):
+            if stretch in self._literal:
+                parts.append(np.array([self._literal[stretch]], np.int32))
+            elif len(stretch) > LONG and self._may_be_cut:
+                parts += (self._segment(segment)[drop:] for segment, drop in segments(stretch, self._pairs))
+            elif stretch:
+                parts += self._rows([stretch])
+        return np.concatenate(parts)
+
+    def _segment(self, segment: str) -> np.ndarray:
+        """Ids of a stretch without special tokens."""
+        assert self.chunks is not None
+        try:
+            done = self.chunks.encode(pa.array([segment], pa.string()))
+        except OddChunkError:
+            done = None
+        return done.ids if done else self._rows([segment])[0]
+
+    @property
+    def _may_be_cut(self) -> bool:
+        """Anywhere between neighbours that no piece holds: unknown characters are bytes, each by itself."""
+        return self.chunks is not None and self.newline_id is not None and "<0x0A>" in self.pieces
+
+    @cached_property
+    def _pairs(self) -> frozenset[str]:
+        return pairs_of(self.pieces)
 
     def odd(self, texts: pa.Array) -> pa.Array:
         """[texts] bool: special tokens, and `▁` itself, which is a space to the model."""
@@ -138,6 +171,9 @@ class SentencePieceEncoder:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`."""
+        if len(text) > LONG:
+            whole: list[int] = self._array(text).tolist()
+            return whole
         ids: list[int] = []
         for stretch in self._split.split(text):
             if stretch in self._literal:
@@ -252,7 +288,8 @@ def encode_many(encoder: Encoder, texts: pa.Array, places: np.ndarray = NO_PLACE
 
 def _by_chunks(encoder: Encoder, texts: pa.Array, places: np.ndarray) -> Encoded | None:
     assert encoder.chunks is not None
-    odd = pc.equal(pc.binary_length(texts), 0)
+    sizes = pc.binary_length(texts)
+    odd = pc.or_(pc.equal(sizes, 0), pc.greater(sizes, 4 * LONG))
     if encoder.spaced_tokens:
         odd = pc.or_(odd, _holds(texts, encoder.spaced_tokens))
     if not pc.any(odd).as_py():

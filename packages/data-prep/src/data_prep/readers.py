@@ -219,12 +219,17 @@ class LineBatch:
                     raise DataError(bad[0]) from None
         return Rows(self.file, "line", numbers, records, bad)
 
-    def _lines(self) -> list[bytes]:
+    def _lines(self) -> Iterator[bytes]:
         """A lone CR ends a line of text, as upstream reads it; it is white space in JSON."""
         content = self.content
         if self.kind == ".txt" and b"\r" in content:
             content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        return content.removesuffix(b"\n").split(b"\n")
+        begin = 0
+        while begin < len(content):  # one by one: a line may be as large as can be
+            end = content.find(b"\n", begin)
+            end = len(content) if end < 0 else end
+            yield content[begin:end]
+            begin = end + 1
 
     def _record(self, line: bytes) -> Record:
         try:
