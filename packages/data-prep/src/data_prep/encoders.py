@@ -366,8 +366,8 @@ def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
 
 def _holds(texts: pa.Array, tokens: Sequence[str]) -> pa.Array:
     """[texts] bool: whether a text holds any of `tokens`. What none holds is looked for once, in all of them."""
-    content = memoryview(texts.buffers()[2] or b"").tobytes()
-    there = [token for token in tokens if content.find(token.encode()) >= 0]
+    content = memoryview(texts.buffers()[2] or b"")
+    there = [token for token in tokens if re.search(re.escape(token.encode()), content)]
     found = pa.array(np.zeros(len(texts), bool))
     for token in there:
         found = pc.or_(found, pc.match_substring(texts, token))
