@@ -131,3 +131,14 @@ def test_the_library_gets_texts_whole_where_the_cache_is_no_help(folder, monkeyp
     counts = tokenizer.counts.take()
     assert (counts.chunks, counts.misses) == (0, 0)
     assert tokenizer.counts.bypassed_bytes == 0
+
+
+def test_a_large_batch_is_tried_by_a_part(folder, monkeypatch):
+    monkeypatch.setattr(chunks, "_LEARNT", 2000)
+    tokenizer = Tokenizer(folder)
+    distinct = [f"{at:09}" for at in range(1000)]
+    for batch in (distinct, TEXTS * 20, ["</s>", *TEXTS * 20]):
+        for _ in range(chunks._PAUSE + 2):
+            assert tokenizer.encode_batch(batch) == [tokenizer.encode(text) for text in batch]
+            counts = tokenizer.counts.take()
+        assert (counts.bypassed_bytes > 0) == (batch is distinct)

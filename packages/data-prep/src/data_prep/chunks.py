@@ -25,8 +25,8 @@ _LONGEST_KEY = 128
 _CACHE_BYTES = 48 << 20
 _ENTRY_BYTES = 220
 """What an entry of the cache takes in Python's memory, besides its key and its ids."""
-_LEARNT = 1 << 18
-"""Bytes of text to be met before the share of new chunks says anything about it."""
+_LEARNT = 1 << 17
+"""Bytes of text to be met before the share of new chunks says anything about it; and that are tried by themselves."""
 _GIVE_UP = 0.4
 """Share of the bytes in chunks met for the first time above which the library alone is as fast."""
 _PAUSE = 15
@@ -150,6 +150,7 @@ class ChunkEncoder:
         self._young: dict[bytes, bytes] = {}
         self._old: dict[bytes, bytes] = {}
         self._bytes = self._pause = self._met = 0
+        self._tried = False
 
     def encode(self, texts: pa.Array, places: np.ndarray = NO_PLACES) -> Encoded | None:
         """Ids of texts of which none is empty; None where the library alone is as fast.
@@ -162,10 +163,24 @@ class ChunkEncoder:
             OddChunkError: A text holds what no chunk may.
         """
         size = texts.nbytes
-        if self._pause:
+        if self._pause or not self._pays(texts, size):
             self._pause -= 1
             self.counts.bypassed_bytes += size
             return None
+        done = self._encode(texts, places, size)
+        self.counts.bypassed_bytes += 0 if done else size
+        return done
+
+    def _pays(self, texts: pa.Array, size: int) -> bool:
+        """Whether a part of the texts, at the beginning and after each pause, says that the cache is worth a try."""
+        if self._tried or size < 2 * _LEARNT:
+            return True
+        part, chunks = texts.slice(0, max(1, len(texts) * _LEARNT * 5 // (4 * size))), self.counts.chunks
+        self._tried = self._encode(part, NO_PLACES, part.nbytes) is not None
+        self.counts.chunks = chunks  # they are looked up once more
+        return self._tried
+
+    def _encode(self, texts: pa.Array, places: np.ndarray, size: int) -> Encoded | None:
         joined = pc.binary_join_element_wise(pa.scalar(" "), texts, pa.scalar(""))  # SentencePiece's own dummy prefix
         starts = np.frombuffer(joined.buffers()[1], np.int32)[: len(texts) + 1]
         cuts = self._cuts(np.frombuffer(joined.buffers()[2], np.uint8)[: starts[-1]], starts[:-1])
@@ -213,8 +228,7 @@ class ChunkEncoder:
         if any(map(self._odd.search, [keys[at] for at in new])):
             raise OddChunkError
         if new and self._met > _LEARNT and sum(len(keys[at]) for at in new) > _GIVE_UP * size:
-            self._pause = _PAUSE
-            self.counts.bypassed_bytes += size
+            self._pause, self._tried = _PAUSE, False
             return None
         for at, ids in zip(new, self._encode_chunks([keys[at] for at in new]), strict=True):
             found[at] = ids
