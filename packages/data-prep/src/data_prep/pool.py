@@ -8,13 +8,14 @@ of the caller's program is imported there.
 import contextlib
 import os
 import pickle
+import queue
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any
+from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.recipe import Done, Recipe, Task, Worker
@@ -47,53 +48,55 @@ class _Job:
 
 
 class _Helper:
-    """A process that does tasks, and a thread that reads its answers."""
+    """A process that does tasks, and a thread of ours that hands them to it one by one."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.jobs: deque[_Job] = deque()
         env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-c", _SERVE]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, process_group=0)
-        assert self._process.stdin is not None and self._process.stdout is not None  # noqa: PT018
-        self._input: IO[bytes] = self._process.stdin
-        threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
-        for first in (sys.path, recipe):
-            self._send(first)
+        command, pipe = [sys.executable, "-c", _SERVE], subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, process_group=0)
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: deque[_Job] = deque()
+        self._thread = threading.Thread(target=self._converse, args=(recipe,), daemon=True)
+        self._thread.start()
 
-    def _send(self, what: Any) -> None:
-        try:
-            pickle.dump(what, self._input, protocol=5)
-            self._input.flush()
-        except OSError:  # it has died: its jobs say so
-            pass
+    @property
+    def load(self) -> int:
+        """Tasks that it has not done yet."""
+        while self._jobs and self._jobs[0].done.is_set():
+            self._jobs.popleft()
+        return len(self._jobs)
 
     def do(self, job: _Job) -> None:
-        """Gives it a task; waits while it has no room for it."""
-        self.jobs.append(job)
-        if self._process.poll() is not None:
-            self._bury()
-        self._send(job.task)
+        """Gives it a task, which it does in its turn."""
+        self._jobs.append(job)
+        self._queue.put(job)
 
-    def _read(self, output: IO[bytes]) -> None:
-        with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError, ValueError):
-            while True:
-                result = pickle.load(output)  # noqa: S301  (our own process's)
-                self.jobs.popleft().finish(result)
-        self._bury()
-
-    def _bury(self) -> None:
-        words = "a worker process died (out of memory, or killed): run again, perhaps with fewer --workers"
-        while self.jobs:
-            with contextlib.suppress(IndexError):
-                self.jobs.popleft().finish(DataError(words))
+    def _converse(self, recipe: Recipe) -> None:
+        channel, answers = self.process.stdin, self.process.stdout
+        assert channel is not None
+        assert answers is not None
+        first: list[Any] = [sys.path, recipe]
+        while job := self._queue.get():
+            try:
+                for message in (*first, job.task):
+                    pickle.dump(message, channel, protocol=5)
+                channel.flush()
+                first = []
+                job.finish(pickle.load(answers))  # noqa: S301  (our own process's)
+            except (EOFError, OSError, ValueError, pickle.UnpicklingError):  # and so it goes for those that follow
+                words = "a worker process died (out of memory, or killed): run again, perhaps with fewer --workers"
+                job.finish(DataError(words))
 
     def end(self) -> None:
         """Ends it, whatever it does."""
-        self._process.kill()
-        self._process.wait()
-        with contextlib.suppress(OSError):
-            self._input.close()
+        self._queue.put(None)
+        self.process.kill()
+        self.process.wait()
+        self._thread.join()
+        for channel in (self.process.stdin, self.process.stdout):
+            assert channel is not None
+            with contextlib.suppress(OSError):  # what was not sent, nobody wants any more
+                channel.close()
 
 
 def results(tasks: Iterable[Task], recipe: Recipe, worker: Worker, workers: int) -> Iterator[tuple[Task, Done]]:
@@ -116,8 +119,8 @@ def results(tasks: Iterable[Task], recipe: Recipe, worker: Worker, workers: int)
             if len(helpers) < workers - 1 and time.monotonic() - begin >= START_AFTER_S:
                 helpers += [_Helper(recipe) for _ in range(workers - 1)]
             pending.append(job := _Job(task))
-            free = min(helpers, key=lambda helper: len(helper.jobs), default=None)
-            if free is not None and len(free.jobs) < _AHEAD:
+            free = min(helpers, key=lambda helper: helper.load, default=None)
+            if free is not None and free.load < _AHEAD:
                 free.do(job)
             else:
                 job.finish(_outcome(worker, task))
