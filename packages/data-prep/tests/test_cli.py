@@ -195,16 +195,30 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
+AT_ONCE = "from data_prep import cli, pool; pool.START_AFTER_S = 0; raise SystemExit(cli.main())"
+"""The console script, whose helpers start with the first batch."""
+
+
+def helpers_of(pid):
+    """The processes that a run has started."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
+
+
 def stopped(folder, home, workers, stop):
     """The exit code and stderr of a run that `stop` met at work, once all its processes have left stderr."""
-    (home / "in.txt").write_text("the llama walks over the grassland\n" * 400_000, "utf-8")
-    command = [SCRIPT, "run", "--input", "in.txt", "--tokenizer-name-or-path", str(folder), "--output-prefix", "out"]
+    (home / "in.txt").write_text("the llama walks over the grassland\n" * 2_000_000, "utf-8")
+    command = [sys.executable, "-c", AT_ONCE, "run", "--input", "in.txt", "--tokenizer-name-or-path", str(folder)]
     with subprocess.Popen(
-        [*command, "--workers", workers], cwd=home, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "--output-prefix", "out", "--workers", workers],
+        cwd=home,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as running:
         part = home / ".out_text_document.bin.part"
         while running.poll() is None and not (part.exists() and part.stat().st_size):
             time.sleep(0.01)
+        assert len(helpers_of(running.pid)) == int(workers) - 1
         stop(running.pid)
         try:
             err = running.communicate(timeout=30)[1]
@@ -226,6 +240,16 @@ def stopped(folder, home, workers, stop):
 )
 def test_a_run_that_is_stopped_leaves_nothing(folder, tmp_path, workers, stop, code, words):
     assert stopped(folder, tmp_path, workers, stop) == (code, words)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_a_worker_that_the_kernel_kills_is_one_line_and_leaves_nothing(folder, tmp_path):
+    def kill(run):
+        os.kill(int(helpers_of(run)[0]), signal.SIGKILL)
+
+    code, err = stopped(folder, tmp_path, "2", kill)
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("error: a worker process died (out of memory, or killed)")
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
