@@ -36,8 +36,8 @@ WORDS = [
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("size", [1, 1 << 20])
 def test_bad_lines_are_left_out_and_listed(folder, tmp_path, monkeypatch, capsys, size, workers):
-    monkeypatch.setattr("data_prep.readers.BATCH_BYTES", size)
-    monkeypatch.setattr("data_prep.readers._BLOCK", size)
+    monkeypatch.setattr("data_prep.batching.BATCH_BYTES", size)
+    monkeypatch.setattr("data_prep.batching.BLOCK", size)
     monkeypatch.setattr("data_prep.pool.START_AFTER_S", 0)
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join(LINES))

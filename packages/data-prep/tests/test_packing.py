@@ -74,7 +74,7 @@ def test_instruction_packs_come_apart(folder, rows, tmp_path, monkeypatch, worke
     rows.write_text(json.dumps(ROWS * 20), "utf-8")
     options = {"tokenizer": folder, "handler_name": "GeneralInstructionHandler", "append_eod": True}
     prepare([rows], tmp_path / "plain", **options)
-    monkeypatch.setattr("data_prep.readers.BATCH_BYTES", 300)
+    monkeypatch.setattr("data_prep.batching.BATCH_BYTES", 300)
     monkeypatch.setattr("data_prep.pool.START_AFTER_S", 0)
     prepare([rows], tmp_path / "packed", pack_length=1000, workers=workers, **options)
     assert verify(tmp_path / "packed") == []

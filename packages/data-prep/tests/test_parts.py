@@ -36,8 +36,8 @@ def test_lines_in_parts(lines, ends, last, count, size):
     content = b"".join(line + end for line, end in zip(lines, ends, strict=False))
     content += b"end" if last else b""
     with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_prep.readers.BATCH_BYTES", size)
-        patch.setattr("data_prep.readers._BLOCK", size)
+        patch.setattr("data_prep.batching.BATCH_BYTES", size)
+        patch.setattr("data_prep.batching.BLOCK", size)
         path = Path(home) / "a.txt"
         path.write_bytes(content)
         with path.open(encoding="utf-8") as opened:
@@ -60,8 +60,8 @@ def check_every_place(source, whole):
 @pytest.mark.parametrize("kind", [".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt"])
 @pytest.mark.parametrize("size", [1, 60, 1 << 20])
 def test_every_kind_in_parts(tmp_path, monkeypatch, kind, size):
-    monkeypatch.setattr("data_prep.readers.BATCH_BYTES", size)
-    monkeypatch.setattr("data_prep.readers._BLOCK", size)
+    monkeypatch.setattr("data_prep.batching.BATCH_BYTES", size)
+    monkeypatch.setattr("data_prep.batching.BLOCK", size)
     sources, _ = sources_of([written(tmp_path / f"a{kind}", 40), written(tmp_path / f"b{kind}", 3)])
     for count in (1, 2, 3, 7, 50):
         parts = [part_of(sources, index, count) for index in range(count)]

@@ -22,8 +22,8 @@ def content(folder, prefix):
 
 def small_batches(monkeypatch, size):
     """Batches of about so many bytes, and helpers from the first of them on."""
-    monkeypatch.setattr("data_prep.readers.BATCH_BYTES", size)
-    monkeypatch.setattr("data_prep.readers._BLOCK", size)
+    monkeypatch.setattr("data_prep.batching.BATCH_BYTES", size)
+    monkeypatch.setattr("data_prep.batching.BLOCK", size)
     monkeypatch.setattr("data_prep.pool.START_AFTER_S", 0)
 
 

@@ -68,8 +68,8 @@ def inputs(tmp_path):
 @pytest.mark.parametrize("pack", [None, 700])
 @pytest.mark.parametrize(("batches", "journals"), [(1, 0), (4, 2), (9, 0), (20, 5)])
 def test_a_killed_run_is_continued(folder, inputs, tmp_path, monkeypatch, capsys, batches, journals, pack):
-    monkeypatch.setattr("data_prep.readers.BATCH_BYTES", 400)
-    monkeypatch.setattr("data_prep.readers._BLOCK", 400)
+    monkeypatch.setattr("data_prep.batching.BATCH_BYTES", 400)
+    monkeypatch.setattr("data_prep.batching.BLOCK", 400)
     options = {"tokenizer": folder, "handler_name": "GeneralInstructionHandler", "skip_bad_records": True}
     options |= {"pack_length": pack, "append_eod": True}
     prepare(inputs, tmp_path / "whole", **options)
@@ -85,8 +85,8 @@ def test_a_killed_run_is_continued(folder, inputs, tmp_path, monkeypatch, capsys
 
 
 def test_a_run_is_killed_and_continued_again_and_again(folder, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.readers.BATCH_BYTES", 400)
-    monkeypatch.setattr("data_prep.readers._BLOCK", 400)
+    monkeypatch.setattr("data_prep.batching.BATCH_BYTES", 400)
+    monkeypatch.setattr("data_prep.batching.BLOCK", 400)
     options = {"tokenizer": folder, "handler_name": "GeneralInstructionHandler", "skip_bad_records": True}
     prepare(inputs, tmp_path / "whole", **options)
     killed(3, 0, (inputs, tmp_path / "out"), options)
@@ -125,8 +125,8 @@ def test_files_that_were_cut_are_not_continued(folder, inputs, tmp_path):
 
 def test_an_error_leaves_nothing_to_resume(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.preparation.JOURNAL_S", 0.0)
-    monkeypatch.setattr("data_prep.readers.BATCH_BYTES", 1)
-    monkeypatch.setattr("data_prep.readers._BLOCK", 1)
+    monkeypatch.setattr("data_prep.batching.BATCH_BYTES", 1)
+    monkeypatch.setattr("data_prep.batching.BLOCK", 1)
     Path(tmp_path / "in.jsonl").write_text('{"text": "a"}\n' * 5 + "{\n", "utf-8")
     with pytest.raises(DataError, match="line 6"):
         prepare([tmp_path / "in.jsonl"], tmp_path / "out", tokenizer=folder)

@@ -57,8 +57,8 @@ def test_only_upstreams_flags_are_taken_out():
 
 
 def test_lines_of_progress_come_where_there_is_no_terminal(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("data_prep.readers.BATCH_BYTES", 100)
-    monkeypatch.setattr("data_prep.readers._BLOCK", 100)
+    monkeypatch.setattr("data_prep.batching.BATCH_BYTES", 100)
+    monkeypatch.setattr("data_prep.batching.BLOCK", 100)
     (tmp_path / "in.txt").write_text("the llama walks\n" * 100, "utf-8")
     assert run(folder, tmp_path / "in.txt", tmp_path, "--log-interval", 40) == 0
     lines = capsys.readouterr().err.splitlines()

@@ -18,7 +18,8 @@ from data_prep.errors import DataError, UsageError
 from data_prep.handlers import kinds
 from data_prep.manifest import Manifest
 from data_prep.merging import merge
-from data_prep.preparation import Plan, make
+from data_prep.plan import Plan
+from data_prep.preparation import make
 
 SHARDS_PER_WORKER = 4
 """Shards are the unit that is done again when a worker is lost, and that evens out slow ones."""

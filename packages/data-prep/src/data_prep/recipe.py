@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.batching import Batch
 from data_prep.chunks import Counts
 from data_prep.handlers import Handler, HandlerOptions, make_handler
 from data_prep.indexed_writer import Block
-from data_prep.readers import Batch
 from data_prep.rows import Bad, BadRecordsError, Rows
 from data_prep.tokenizer import Tokenizer
 

@@ -162,7 +162,7 @@ def _divisible(source: Source) -> bool:
 def _cut(source: Source, begin: int, end: int, size: int) -> Source:
     if source.kind not in TABLES:
         return replace(source, begin=begin, end=end, size=end - begin)
-    from data_prep.readers import count_rows
+    from data_prep.tables import count_rows
 
     rows = count_rows(source)
     return replace(source, begin=rows * begin // size, end=rows * end // size, size=end - begin)

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.chunks import NO_PLACES, Counts, Encoded
-from data_prep.encoders import Encoder, SentencePieceEncoder, TokenizersEncoder, encode_many, prefix_length
+from data_prep.encoders import Encoder, SentencePieceEncoder, TokenizersEncoder
+from data_prep.encoding import encode_many, prefix_length
 from data_prep.errors import DataError
 from data_prep.templates import Part
 
