@@ -47,6 +47,14 @@ def test_documents_and_manifest(folder, corpus, tmp_path):
     assert manifest.encoder.startswith("sentencepiece ")
 
 
+def test_columns_of_other_names_are_noted(folder, tmp_path):
+    (tmp_path / "in.csv").write_text("a,b\nthe llama,walks\n", "utf-8")
+    manifest = prepare([tmp_path / "in.csv"], tmp_path / "out", tokenizer=folder, json_keys=("a", "b"))
+    assert manifest.options == {"json_keys": ["a", "b"]}
+    assert manifest == read_manifest(tmp_path / "out_a_document")
+    assert len(IndexedDataset(tmp_path / "out_b_document")) == 1
+
+
 def test_the_bytes_are_the_same_for_any_workers_and_batches(folder, rows, corpus, tmp_path, monkeypatch):
     for handler, source in (("GeneralInstructionHandler", rows), ("GeneralPretrainHandler", corpus)):
         options = {"tokenizer": folder, "handler_name": handler, "append_eod": True}

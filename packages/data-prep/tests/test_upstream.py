@@ -1,5 +1,15 @@
 """AscendSpeed's and MindSpeed-LLM's command lines: accepted, or refused in one line."""
 
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
 import pytest
 from data_prep.cli import main
 from data_prep.errors import UsageError
@@ -66,3 +76,19 @@ def test_lines_of_progress_come_where_there_is_no_terminal(folder, tmp_path, cap
     assert [int(line.split()[0]) // 40 for line in lines[:2]] == [1, 2]
     assert "documents/s, " in lines[0]
     assert lines[0].endswith(" left")
+
+
+def test_a_bar_shows_on_a_terminal(folder, tmp_path):
+    (tmp_path / "in.txt").write_text("the llama walks over the grassland\n" * 200_000, "utf-8")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
+    command = [sys.executable, "-m", "data_prep", "run", "--input", "in.txt", "--tokenizer-name-or-path", str(folder)]
+    with subprocess.Popen([*command, "--output-prefix", "out"], cwd=tmp_path, stdout=-1, stderr=theirs) as running:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # what a terminal answers once nobody holds its other end
+            while block := os.read(ours, 4096):
+                said += block
+        assert running.wait() == 0
+    os.close(ours)
+    assert re.search(rb"data-prep: +\d+%\|.*/7\.00M .*MB/s, [\d,]+ doc/s, [\d,]+ tok/s\]", said)

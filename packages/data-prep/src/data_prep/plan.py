@@ -80,4 +80,5 @@ class Plan:
         """What the ids depend on besides inputs, tokenizer and handler, where it is not the default."""
         default = Plan(inputs=self.inputs, output_prefix="x", tokenizer=self.tokenizer)
         names = ("json_keys", "prompt_type", "map_keys", "input_weights", "special_tokens_in_text", "pack_length")
-        return {name: value for name in names if (value := getattr(self, name)) != getattr(default, name)}
+        asked = {name: value for name in names if (value := getattr(self, name)) != getattr(default, name)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}
