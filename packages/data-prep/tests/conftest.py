@@ -18,6 +18,14 @@ TEXTS = [
 SYMBOL = "the high puna"
 
 
+DEFAULTS = {
+    "model_type": "bpe",
+    "vocab_size": 420,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+}
+
+
 def train(folder, texts=None, **options):
     """A LLaMA has no piece with a newline: it was trained on lines. `texts` may have others."""
     lines = [line for text in TEXTS for line in text.split("\n")]
@@ -25,11 +33,10 @@ def train(folder, texts=None, **options):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter((texts or lines) * 20),
         model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
         minloglevel=2,
-        **{"vocab_size": 420, "normalization_rule_name": "identity", "remove_extra_whitespaces": False, **options},
+        **(DEFAULTS | options),
     )
     (folder / "tokenizer.vocab").unlink()
     return folder

@@ -2,17 +2,19 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROWS, TEXTS
-from data_prep import templates
+from data_prep import IndexedDataset, inspection, templates
 from data_prep.cli import main
 
 SCRIPT = str(Path(sys.executable).parent / "data-prep")
@@ -47,6 +49,52 @@ def test_inspect_shows_figures(prepared, capsys):
     ]
     assert {each["documents"] for each in facts} == {len(ROWS)}
     assert "GeneralInstructionHandler" in said(capsys, "inspect", prepared)
+
+
+def test_inspect_draws_lengths(prepared, tmp_path, capsys):
+    labels = f"{prepared}_packed_labels_document"
+    (facts,) = json.loads(said(capsys, "inspect", labels, "--json", "--plot", tmp_path / "lengths.png"))
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))
+    lengths = IndexedDataset(labels).sequence_lengths
+    edges, counts = facts["histogram"].values()
+    assert len(edges) == len(counts) + 1 <= 22
+    assert counts == [sum(begin <= length < end for length in lengths) for begin, end in pairwise(edges)]
+    assert sum(counts) == len(ROWS)
+    assert facts["with_loss"] == sum(int((ids != -100).sum()) for ids in IndexedDataset(labels))
+    text = said(capsys, "inspect", labels)
+    assert f"with loss          {facts['with_loss']} (" in text
+    bars = [line for line in text.splitlines() if "#" in line]
+    assert [int(line.split()[-1]) for line in bars] == [count for count in counts if count]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "found"),
+    [
+        ([], ([0, 1], [0])),
+        ([0, 0], ([0, 1], [2])),
+        ([1, 2, 3], ([0, 1, 2, 3, 4], [0, 1, 1, 1])),
+        ([5] * 200 + [1000], ([0, 1, 2, 3, 4, 5, 6, 1001], [0, 0, 0, 0, 0, 200, 1])),
+    ],
+)
+def test_histograms(lengths, found):
+    assert tuple(inspection.histogram(np.array(lengths, np.int32)).values()) == found
+
+
+def test_inspect_without_matplotlib_is_a_usage_error(prepared, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = said(capsys, "inspect", prepared, "--plot", tmp_path / "a.png", code=2)
+    assert "puna-data-prep[plot]" in words
+
+
+def test_merge_prints_the_manifests(prepared, tmp_path, capsys):
+    output = tmp_path / "twice"
+    command = ["merge", prepared, prepared, "--output-prefix", output]
+    assert said(capsys, *command).startswith(f"{output}: {2 * len(ROWS)} documents, ")
+    manifests = json.loads(said(capsys, *command, "--overwrite", "--json"))
+    assert [manifest["documents"] for manifest in manifests] == [2 * len(ROWS)] * 3
+    assert "is whole" in said(capsys, "verify", output)
+    assert "exists" in said(capsys, *command, code=1)
 
 
 def test_inspect_shows_where_the_loss_falls(prepared, folder, capsys):
@@ -147,16 +195,30 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
+AT_ONCE = "from data_prep import cli, pool; pool.START_AFTER_S = 0; raise SystemExit(cli.main())"
+"""The console script, whose helpers start with the first batch."""
+
+
+def helpers_of(pid):
+    """The processes that a run has started."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
+
+
 def stopped(folder, home, workers, stop):
     """The exit code and stderr of a run that `stop` met at work, once all its processes have left stderr."""
-    (home / "in.txt").write_text("the llama walks over the grassland\n" * 400_000, "utf-8")
-    command = [SCRIPT, "run", "--input", "in.txt", "--tokenizer-name-or-path", str(folder), "--output-prefix", "out"]
+    (home / "in.txt").write_text("the llama walks over the grassland\n" * 2_000_000, "utf-8")
+    command = [sys.executable, "-c", AT_ONCE, "run", "--input", "in.txt", "--tokenizer-name-or-path", str(folder)]
     with subprocess.Popen(
-        [*command, "--workers", workers], cwd=home, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "--output-prefix", "out", "--workers", workers],
+        cwd=home,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as running:
         part = home / ".out_text_document.bin.part"
         while running.poll() is None and not (part.exists() and part.stat().st_size):
             time.sleep(0.01)
+        assert len(helpers_of(running.pid)) == int(workers) - 1
         stop(running.pid)
         try:
             err = running.communicate(timeout=30)[1]
@@ -181,6 +243,16 @@ def test_a_run_that_is_stopped_leaves_nothing(folder, tmp_path, workers, stop, c
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
+def test_a_worker_that_the_kernel_kills_is_one_line_and_leaves_nothing(folder, tmp_path):
+    def kill(run):
+        os.kill(int(helpers_of(run)[0]), signal.SIGKILL)
+
+    code, err = stopped(folder, tmp_path, "2", kill)
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("error: a worker process died (out of memory, or killed)")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
 def test_a_killed_run_leaves_no_worker(folder, tmp_path):
     assert stopped(folder, tmp_path, "2", lambda run: os.kill(run, signal.SIGKILL))[0] == -signal.SIGKILL
 
@@ -196,7 +268,8 @@ def test_help_loads_no_reader_and_no_encoder():
 def test_the_console_script_works(folder, corpus, tmp_path):
     command = ["run", "--input", corpus, "--tokenizer-name-or-path", folder, "--output-prefix", "out", "--workers", "2"]
     done = subprocess.run([SCRIPT, *map(str, command)], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert re.search(r"documents/s, .* MB/s, .* tokens/s; cache hit rate \d+\.\d+% of \d+ chunks", done.stderr)
     assert (tmp_path / "out_text_document.idx").exists()
     done = subprocess.run([SCRIPT, "inspect", "none"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "error: no such data set: none.idx\n")

@@ -5,7 +5,8 @@ import pytest
 from conftest import ROWS
 from data_prep import DataError, Tokenizer, templates
 from data_prep.errors import UsageError
-from data_prep.handlers import check_handler, make_handler
+from data_prep.handlers import HandlerOptions, check_handler, make_handler
+from data_prep.rows import Rows
 
 SYSTEM = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -19,9 +20,9 @@ def documents(block):
     return [block.ids[end - length : end].tolist() for end, length in zip(ends, block.lengths, strict=True)]
 
 
-def handle(name, folder, records, eod=False, keys=("text",)):
-    handler = make_handler(name, Tokenizer(folder), keys, eod)
-    blocks = handler([(f"row {number}", record) for number, record in enumerate(records, 1)])
+def handle(name, folder, records, **options):
+    handler = make_handler(name, Tokenizer(folder), HandlerOptions(**options))
+    blocks = handler(Rows("in", "row", range(1, len(records) + 1), records))
     assert list(blocks) == list(handler.outputs)
     return [documents(blocks[output]) for output in handler.outputs]
 
@@ -42,7 +43,7 @@ def test_the_template_is_upstreams():
 def test_labels_are_the_ids_behind_the_last_response_marker(kind, eod, request):
     folder = request.getfixturevalue(kind)
     encode = Tokenizer(folder).encode
-    ids, mask, labels = handle("GeneralInstructionHandler", folder, ROWS, eod)
+    ids, mask, labels = handle("GeneralInstructionHandler", folder, ROWS, append_eod=eod)
     for row, own, ones, label in zip(ROWS, ids, mask, labels, strict=True):
         text = f"\n{SYSTEM}\n### Instruction:\n{row['instruction']}\n{row['input']}\n### Response:\n{row['output']}\n"
         prompt = len(encode(text[: text.rindex("### Response:\n") + len("### Response:\n")]))
@@ -71,13 +72,13 @@ def test_alpacas_conversation_is_upstreams(folder):
             "Walk.\n\n### Input:\nin Peru\n\n### Response: ASSISTANT: None",
         ),
     ]
-    (found,) = handle("AlpacaPretrainHandler", folder, [row for row, _ in rows], eod=True)
+    (found,) = handle("AlpacaPretrainHandler", folder, [row for row, _ in rows], append_eod=True)
     assert found == [Tokenizer(folder).encode(start + rest, eos=True) for _, rest in rows]
 
 
 def test_each_key_is_a_data_set_and_empty_texts_are_none(folder):
     rows = [{"a": "the llama", "b": ""}, {"a": "walks", "b": "over"}]
-    first, second = handle("GeneralPretrainHandler", folder, rows, keys=("a", "b"))
+    first, second = handle("GeneralPretrainHandler", folder, rows, json_keys=("a", "b"))
     encode = Tokenizer(folder).encode
     assert (first, second) == ([encode("the llama"), encode("walks")], [encode("over")])
 
@@ -111,4 +112,4 @@ def test_a_record_that_cannot_be_used_is_named(folder, name, record, words):
 )
 def test_what_no_handler_does_is_refused(name, keys, words):
     with pytest.raises(UsageError, match=words):
-        check_handler(name, keys)
+        check_handler(name, HandlerOptions(json_keys=keys))

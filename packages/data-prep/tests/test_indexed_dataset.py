@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_prep import DataError, IndexedDataset
-from data_prep.indexed_dataset import Block, IndexedWriter, find_prefix, find_prefixes
+from data_prep.indexed_dataset import find_prefix, find_prefixes
+from data_prep.indexed_writer import Block, IndexedWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,7 +70,7 @@ def test_bytes_and_reading_back_however_it_is_cut(documents, cut):
 
 
 def test_a_large_index_is_written_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.indexed_dataset._BLOCK", 3)
+    monkeypatch.setattr("data_prep.indexed_writer._BLOCK", 3)
     documents = [[[number] * (number % 4)] for number in range(20)]
     write(tmp_path / "a", [block(documents)])
     assert (tmp_path / "a.idx").read_bytes() == index_bytes(documents)

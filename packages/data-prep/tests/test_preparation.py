@@ -3,19 +3,28 @@
 import json
 import multiprocessing
 import os
-import time
+import re
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from conftest import ROWS, TEXTS
-from data_prep import DataError, IndexedDataset, Tokenizer, prepare, read_manifest
+from data_prep import DataError, IndexedDataset, Tokenizer, pool, prepare, read_manifest
 from data_prep.errors import UsageError
-from data_prep.indexed_dataset import IndexedWriter, sha256_of
+from data_prep.indexed_writer import IndexedWriter, sha256_of
 from data_prep.verification import verify
 
 
 def content(folder, prefix):
     return {path.name.removeprefix(prefix): path.read_bytes() for path in folder.glob(f"{prefix}_*") if path.is_file()}
+
+
+def small_batches(monkeypatch, size):
+    """Batches of about so many bytes, and helpers from the first of them on."""
+    monkeypatch.setattr("data_prep.batching.BATCH_BYTES", size)
+    monkeypatch.setattr("data_prep.batching.BLOCK", size)
+    monkeypatch.setattr("data_prep.pool.START_AFTER_S", 0)
 
 
 def test_documents_and_manifest(folder, corpus, tmp_path):
@@ -38,13 +47,21 @@ def test_documents_and_manifest(folder, corpus, tmp_path):
     assert manifest.encoder.startswith("sentencepiece ")
 
 
+def test_columns_of_other_names_are_noted(folder, tmp_path):
+    (tmp_path / "in.csv").write_text("a,b\nthe llama,walks\n", "utf-8")
+    manifest = prepare([tmp_path / "in.csv"], tmp_path / "out", tokenizer=folder, json_keys=("a", "b"))
+    assert manifest.options == {"json_keys": ["a", "b"]}
+    assert manifest == read_manifest(tmp_path / "out_a_document")
+    assert len(IndexedDataset(tmp_path / "out_b_document")) == 1
+
+
 def test_the_bytes_are_the_same_for_any_workers_and_batches(folder, rows, corpus, tmp_path, monkeypatch):
     for handler, source in (("GeneralInstructionHandler", rows), ("GeneralPretrainHandler", corpus)):
         options = {"tokenizer": folder, "handler_name": handler, "append_eod": True}
         prepare([source] * 3, tmp_path / "one", **options)
-        monkeypatch.setattr("data_prep.preparation._BATCH_RECORDS", 2)
-        prepare([source] * 3, tmp_path / "two", workers=2, **options)
-        monkeypatch.setattr("data_prep.preparation._BATCH_CHARACTERS", 1)
+        small_batches(monkeypatch, 100)
+        prepare([source] * 3, tmp_path / "two", workers=3, **options)
+        small_batches(monkeypatch, 1)
         prepare([source] * 3, tmp_path / "three", **options)
         monkeypatch.undo()
         one = content(tmp_path, "one")
@@ -151,26 +168,29 @@ def test_a_kill_at_any_moment_leaves_old_or_new_or_what_readers_refuse(folder, r
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def _die(recipe):
-    os._exit(9)
+@pytest.mark.parametrize("moment", [1, 4])
+def test_a_worker_that_dies_is_one_error(folder, tmp_path, monkeypatch, moment):
+    (tmp_path / "in.txt").write_text("the llama walks\n" * 30_000, "utf-8")
+    small_batches(monkeypatch, 100)
+    helpers = []
 
+    class Dying(pool._Helper):
+        def __init__(self, recipe):
+            super().__init__(recipe)
+            helpers.append(self)
+            self.tasks = 0
 
-def _die_unless_first(recipe):
-    try:
-        Path("first").touch(exist_ok=False)
-    except FileExistsError:
-        os._exit(9)
-    time.sleep(600)
+        def do(self, job):
+            super().do(job)
+            self.tasks += 1
+            if self is helpers[0] and self.tasks == moment:
+                os.kill(self.process.pid, signal.SIGKILL)
 
-
-@pytest.mark.parametrize("start", [_die, _die_unless_first])
-def test_a_worker_that_dies_is_one_error_and_ends_the_others(folder, corpus, tmp_path, monkeypatch, start):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data_prep.preparation._BATCH_RECORDS", 1)
-    monkeypatch.setattr("data_prep.preparation._start_worker", start)
+    monkeypatch.setattr("data_prep.pool._Helper", Dying)
     with pytest.raises(DataError, match="a worker process died"):
-        prepare([corpus], tmp_path / "out", tokenizer=folder, workers=2)
-    assert {path.name for path in tmp_path.iterdir()} <= {"corpus.jsonl", "first"}
+        prepare([tmp_path / "in.txt"], tmp_path / "out", tokenizer=folder, workers=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+    assert [helper.process.poll() for helper in helpers] == [-signal.SIGKILL] * 2
 
 
 def test_no_worker_is_a_usage_error(folder, corpus, tmp_path):
@@ -191,3 +211,22 @@ def test_foreign_data_has_no_manifest_and_later_ones_are_refused(folder, corpus,
     file.unlink()
     assert read_manifest(tmp_path / "out") is None
     assert verify(tmp_path / "out") == []
+
+
+def test_a_tokenizer_json_that_disagrees_on_the_data_is_noted(folder, json_folder, tmp_path, capsys):
+    """Merges in the order of ids instead of scores, as some converters write them; in their own order, the control."""
+    home = tmp_path / "both"
+    shutil.copytree(folder, home)
+    shutil.copy(json_folder / "tokenizer.json", home)
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS), "utf-8")
+    prepare([tmp_path / "in.txt"], tmp_path / "a", tokenizer=home)
+    assert "note:" not in capsys.readouterr().err
+    content = json.loads((home / "tokenizer.json").read_text("utf-8"))
+    content["model"]["merges"].reverse()
+    (home / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    prepare([tmp_path / "in.txt"], tmp_path / "b", tokenizer=home)
+    assert re.search(r"note: .*tokenizer\.json gives other ids to \d+ of \d+ distinct words", capsys.readouterr().err)
+    assert (tmp_path / "a_text_document.bin").read_bytes() == (tmp_path / "b_text_document.bin").read_bytes()
+    (home / "tokenizer.json").write_text("{}", "utf-8")
+    prepare([tmp_path / "in.txt"], tmp_path / "c", tokenizer=home)
+    assert "cannot be compared" in capsys.readouterr().err

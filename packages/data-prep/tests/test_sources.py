@@ -8,15 +8,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_prep import DataError
-from data_prep.sources import files_of, records
+from data_prep.readers import batches
+from data_prep.sources import sources_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROWS = [{"text": "one"}, {"text": 'two\nlines, "quoted"'}, {"text": "drei ü 🦙"}]
 
 
-def read(path, columns=("text",)):
-    return [record for _, record in records(path, columns)]
+def read(path, columns=("text",), **options):
+    (source,), _ = sources_of([path])
+    found = []
+    for batch in batches(source, columns, ("input",), skip_bad=False):
+        content = batch.rows(skip_bad=False).content
+        found += content if isinstance(content, list) else content.to_pylist()
+    return found
 
 
 def test_every_kind_gives_the_same_records(tmp_path):
@@ -44,7 +50,7 @@ values = st.recursive(
 @settings(max_examples=150, deadline=None)
 def test_a_list_is_read_through_any_window(content, indent, chunk):
     with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_prep.sources._CHUNK", chunk)
+        patch.setattr("data_prep.json_list._CHUNK", chunk)
         path = Path(home) / "a.json"
         path.write_text(json.dumps(content, indent=indent, ensure_ascii=False), "utf-8", newline="")
         assert read(path) == content
@@ -64,9 +70,9 @@ def test_cells_are_text_as_they_stand_and_may_be_long(tmp_path):
 def test_a_folder_stands_for_its_most_frequent_kind(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "c.txt", "d.md", ".hidden.txt", ".e.txt"):
         (tmp_path / name).write_text("", "utf-8")
-    chosen, skipped = files_of([tmp_path, tmp_path / "c.txt"])
-    assert [path.name for path in chosen] == ["a.jsonl", "b.jsonl", "c.txt"]
-    assert [path.name for path in skipped] == ["c.txt", "d.md"]
+    chosen, skipped = sources_of([tmp_path, tmp_path / "c.txt"])
+    assert [source.path.name for source in chosen] == ["a.jsonl", "b.jsonl", "c.txt"]
+    assert [Path(name).name for name in skipped] == ["c.txt", "d.md"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +81,7 @@ def test_a_folder_stands_for_its_most_frequent_kind(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{oops\n', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n\n["a"]\n', r"line 3 holds a list, not an object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2 is not UTF-8"),
-        ("a.jsonl", b"<!DOCTYPE html>\n<html>\n", r"line 1 is not JSON"),
+        ("a.jsonl", b"<!DOCTYPE html>\n<html>\n", r"a\.jsonl is an HTML page"),
         ("a.json", b'[{"a": 1},\n{"a": 2}\n{"a": 3}]', r"a\.json, line 3 is not JSON: '\{' where '\]'"),
         ("a.json", b'[{"a": 1},\n{"a": }]', r"line 2 is not JSON"),
         ("a.json", b'[{"a": 1},\n', r"line 2 is not JSON"),
@@ -85,7 +91,8 @@ def test_a_folder_stands_for_its_most_frequent_kind(tmp_path):
         ("a.csv", b'text\n"a\n', r"a\.csv, line 2 is not CSV"),
         ("a.csv", b"text,n,text\na,1,b\n", r"names the column 'text' twice"),
         ("a.csv", b"text,n\na\n", r"line 2 has 1 cells, the header 2"),
-        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", r"a\.parquet is no parquet file"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", r"a\.parquet is a Git LFS pointer"),
+        ("a.parquet", b"PAR1 something", r"a\.parquet is no parquet file"),
     ],
 )
 def test_what_is_broken_is_named(tmp_path, name, content, words):
@@ -107,4 +114,4 @@ def test_what_cannot_be_an_input_is_refused(tmp_path, name, words):
     (tmp_path / "a.md").write_text("", "utf-8")
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=words):
-        files_of([tmp_path / name])
+        sources_of([tmp_path / name])

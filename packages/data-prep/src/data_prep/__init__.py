@@ -1,7 +1,8 @@
 """Text and ids: tokenizer, prompt templates, and Megatron indexed datasets, without torch.
 
 Public names, imported on first use: `Tokenizer` (the one place that turns text into ids and back), `templates` (the one
-place for prompts), `prepare` (raw files to a data set), `IndexedDataset`, `read_manifest` and `Manifest`, `DataError`.
+place for prompts), `prepare` (raw files to a data set), `merge` (several to one), `IndexedDataset`, `read_manifest` and
+`Manifest`, `DataError`.
 """
 
 from importlib import import_module
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from data_prep.indexed_dataset import IndexedDataset as IndexedDataset
     from data_prep.manifest import Manifest as Manifest
     from data_prep.manifest import read_manifest as read_manifest
+    from data_prep.merging import merge as merge
     from data_prep.preparation import prepare as prepare
     from data_prep.tokenizer import Tokenizer as Tokenizer
 
@@ -21,10 +23,11 @@ _HOME = {
     "IndexedDataset": "indexed_dataset",
     "Manifest": "manifest",
     "Tokenizer": "tokenizer",
+    "merge": "merging",
     "prepare": "preparation",
     "read_manifest": "manifest",
 }
-__all__ = ["DataError", "IndexedDataset", "Manifest", "Tokenizer", "prepare", "read_manifest", "templates"]
+__all__ = ["DataError", "IndexedDataset", "Manifest", "Tokenizer", "merge", "prepare", "read_manifest", "templates"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,14 +5,20 @@ Neither file is ever made from the other here: converters get merges or normalis
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_prep.chunks import ChunkEncoder, OddChunkError, independent, space_inside
 from data_prep.errors import DataError
+from data_prep.hugging_face import HuggingFaceFiles
+from data_prep.long_texts import LONG, pairs_of, segments
 
 
 class Encoder(Protocol):
@@ -28,8 +34,21 @@ class Encoder(Protocol):
     newline_id: int | None
     """The id that each newline is, by itself, wherever it stands; None where a piece may span one."""
 
+    chunks: ChunkEncoder | None
+    """Encodes each distinct chunk once; None where the vocabulary's chunks depend on each other."""
+
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`."""
+        """Ids of `text`, by the library."""
+
+    def encode_rows(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
+        """`encode` of each text."""
+
+    def odd(self, texts: pa.Array) -> pa.Array:
+        """[texts] bool: whether a text holds something that keeps `chunks` from encoding it."""
+
+    @property
+    def spaced_tokens(self) -> list[str]:
+        """Special tokens that a cut could take apart."""
 
     def decode(self, ids: Sequence[int], *, continues: bool) -> str:
         """Text of ids of the vocabulary, none of them special.
@@ -49,6 +68,7 @@ class SentencePieceEncoder:
     Args:
         file: tokenizer.model.
         folder: Where Hugging Face's files lie; None if the model stands by itself.
+        special_tokens: Whether special tokens that stand in a text are tokens, or text as any other.
 
     Raises:
         DataError: The file is broken, no LLaMA tokenizer, or the folder's files are of another vocabulary.
@@ -56,7 +76,7 @@ class SentencePieceEncoder:
 
     name = "sentencepiece"
 
-    def __init__(self, file: Path, folder: Path | None = None) -> None:
+    def __init__(self, file: Path, folder: Path | None = None, *, special_tokens: bool = True) -> None:
         import sentencepiece
 
         try:
@@ -64,8 +84,8 @@ class SentencePieceEncoder:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{file} is no SentencePiece model: {_first_line(error)}") from None
         self._size: int = self._model.get_piece_size()
-        self.pieces = [self._model.id_to_piece(i) for i in range(self._size)]
-        beside = _HuggingFaceFiles(folder) if folder else None
+        self.pieces: list[str] = self._model.id_to_piece(list(range(self._size)))
+        beside = HuggingFaceFiles(folder) if folder else None
         added = beside.added_tokens if beside else {}
         if beside:
             beside.check_vocabulary(self.pieces)
@@ -78,9 +98,14 @@ class SentencePieceEncoder:
         names = beside.special_names if beside else {}
         self.bos_id = _id_of(self.pieces, names.get("bos_token"), self._model.bos_id(), file)
         self.eos_id = _id_of(self.pieces, names.get("eos_token"), self._model.eos_id(), file)
-        self._literal = {self.pieces[i]: i for i in controls} | self._added
-        self._split = re.compile("(" + "|".join(map(re.escape, sorted(self._literal, key=len, reverse=True))) + ")")
+        self._literal = {self.pieces[i]: i for i in controls} | self._added if special_tokens else {}
+        self._split = _any_of(self._literal)
         self.newline_id = self._newline_id()
+        self.chunks: ChunkEncoder | None = None
+        if independent(self._model.serialized_model_proto(), self.pieces[: self._size]):
+            self.chunks = ChunkEncoder(
+                self._rows, self.pieces.index("▁"), self.newline_id is not None, ["▁", *self._literal]
+            )
 
     def _newline_id(self) -> int | None:
         if any("\n" in piece and piece != "\n" for piece in self.pieces):
@@ -93,8 +118,62 @@ class SentencePieceEncoder:
     def _anchor(self) -> tuple[list[int], str]:
         return _anchor(self.pieces, self._model.decode)
 
+    def _rows(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
+        rows: Sequence[np.ndarray] = self._model.encode(texts, num_threads=1, return_type="numpy")
+        return rows
+
+    def encode_rows(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
+        """`encode` of each text."""
+        if max(map(len, texts), default=0) > LONG or (self._literal and any(map(self._split.search, texts))):
+            return [self._array(text) for text in texts]
+        return self._rows(texts)
+
+    def _array(self, text: str) -> np.ndarray:
+        """`encode`, as int32."""
+        if len(text) <= LONG:
+            return np.array(self.encode(text), np.int32)
+        parts = [np.empty(0, np.int32)]
+        for stretch in self._split.split(text):
+            if stretch in self._literal:
+                parts.append(np.array([self._literal[stretch]], np.int32))
+            elif len(stretch) > LONG and self._may_be_cut:
+                parts += (self._segment(segment)[drop:] for segment, drop in segments(stretch, self._pairs))
+            elif stretch:
+                parts += self._rows([stretch])
+        return np.concatenate(parts)
+
+    def _segment(self, segment: str) -> np.ndarray:
+        """Ids of a stretch without special tokens."""
+        assert self.chunks is not None
+        try:
+            done = self.chunks.encode(pa.array([segment], pa.string()))
+        except OddChunkError:
+            done = None
+        return done.ids if done else self._rows([segment])[0]
+
+    @property
+    def _may_be_cut(self) -> bool:
+        """Anywhere between neighbours that no piece holds: unknown characters are bytes, each by itself."""
+        return self.chunks is not None and self.newline_id is not None and "<0x0A>" in self.pieces
+
+    @cached_property
+    def _pairs(self) -> frozenset[str]:
+        return pairs_of(self.pieces)
+
+    def odd(self, texts: pa.Array) -> pa.Array:
+        """[texts] bool: special tokens, and `▁` itself, which is a space to the model."""
+        return holds(texts, ["▁", *self._literal])
+
+    @property
+    def spaced_tokens(self) -> list[str]:
+        """Special tokens that a cut could take apart."""
+        return [token for token in self._literal if " " in token or "\n" in token]
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`."""
+        if len(text) > LONG:
+            whole: list[int] = self._array(text).tolist()
+            return whole
         ids: list[int] = []
         for stretch in self._split.split(text):
             if stretch in self._literal:
@@ -120,6 +199,7 @@ class TokenizersEncoder:
 
     Args:
         file: tokenizer.json.
+        special_tokens: Whether special tokens that stand in a text are tokens, or text as any other.
 
     Raises:
         DataError: The file is broken, or no LLaMA tokenizer.
@@ -128,7 +208,7 @@ class TokenizersEncoder:
     name = "tokenizers"
     newline_id: int | None = None  # its normalizers and pre-tokenizers may do anything
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, special_tokens: bool = True) -> None:
         import tokenizers
 
         try:
@@ -137,13 +217,18 @@ class TokenizersEncoder:
             raise DataError(f"{file} is no tokenizer: {_first_line(error)}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = not special_tokens
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.pieces = [""] * (max(vocabulary.values(), default=-1) + 1)
         for piece, id in vocabulary.items():
             self.pieces[id] = piece
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        names = _HuggingFaceFiles(file.parent).special_names
+        self._literal = [token.content for token in added.values()]
+        self.chunks: ChunkEncoder | None = None
+        if "▁" in vocabulary and _is_llamas(json.loads(self._tokenizer.to_str()), self.pieces):
+            self.chunks = ChunkEncoder(self.encode_rows, vocabulary["▁"], False, ["▁", *self._literal])
+        names = HuggingFaceFiles(file.parent).special_names
         self.bos_id = _id_of(self.pieces, names.get("bos_token", "<s>"), -1, file)
         self.eos_id = _id_of(self.pieces, names.get("eos_token", "</s>"), -1, file)
 
@@ -155,67 +240,37 @@ class TokenizersEncoder:
         """Ids of `text`."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def encode_rows(self, texts: Sequence[str]) -> Sequence[np.ndarray]:
+        """`encode` of each text."""
+        rows = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(row.ids, np.int32) for row in rows]
+
+    def odd(self, texts: pa.Array) -> pa.Array:
+        """[texts] bool: added tokens, and `▁` itself, which is a space to the model."""
+        return holds(texts, ["▁", *self._literal])
+
+    @property
+    def spaced_tokens(self) -> list[str]:
+        """Special tokens that a cut could take apart."""
+        return [token for token in self._literal if " " in token or "\n" in token]
+
     def decode(self, ids: Sequence[int], *, continues: bool) -> str:
         """Text of `ids`."""
         before, skip = self._anchor if continues else ([], "")
         return str(self._tokenizer.decode([*before, *ids], skip_special_tokens=False))[len(skip) :]
 
 
-@dataclass(frozen=True)
-class _HuggingFaceFiles:
-    """What the JSON files of a Hugging Face folder say besides the pieces."""
-
-    folder: Path
-
-    @cached_property
-    def added_tokens(self) -> dict[str, tuple[int, bool]]:
-        """Token to (id, whether it stands for no text), from whichever file names it."""
-        return {token: (id, special) for token, id, special in self._added_tokens()}
-
-    def _added_tokens(self) -> Iterator[tuple[str, int, bool]]:
-        for token, id in self._read("added_tokens.json").items():
-            yield token, int(id), False
-        for id, entry in self._read("tokenizer_config.json").get("added_tokens_decoder", {}).items():
-            yield entry["content"], int(id), bool(entry.get("special"))
-        for entry in self._read("tokenizer.json").get("added_tokens", []):
-            yield entry["content"], int(entry["id"]), bool(entry.get("special"))
-
-    @cached_property
-    def special_names(self) -> dict[str, str]:
-        """The tokens that tokenizer_config.json names as bos_token and eos_token."""
-        names = {}
-        for role in ("bos_token", "eos_token"):
-            token = self._read("tokenizer_config.json").get(role)
-            if token:
-                names[role] = token["content"] if isinstance(token, dict) else token
-        return names
-
-    def check_vocabulary(self, pieces: Sequence[str]) -> None:
-        """Raises a DataError where these files give an id of the SentencePiece model to another piece."""
-        claims = {token: id for token, (id, _) in self.added_tokens.items()}
-        claims |= self._read("tokenizer.json").get("model", {}).get("vocab", {})
-        known = dict(zip(pieces, range(len(pieces)), strict=True))
-        for piece, id in claims.items():
-            if (id < len(pieces) and pieces[id] != piece) or known.get(piece, id) != id:
-                theirs = pieces[id] if id < len(pieces) else "none"
-                raise DataError(
-                    f"{self.folder}: tokenizer.model and the JSON files beside it are of two vocabularies: id {id} is "
-                    f"{theirs!r} in the one and {piece!r} in the other; name the right file instead of the folder"
-                )
-
-    def _read(self, name: str) -> dict[str, Any]:
-        if name not in self._contents:
-            file = self.folder / name
-            try:
-                content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{file} is not JSON: {error}") from None
-            self._contents[name] = content if isinstance(content, dict) else {}
-        return self._contents[name]
-
-    @cached_property
-    def _contents(self) -> dict[str, dict[str, Any]]:
-        return {}
+def _is_llamas(content: dict[str, Any], pieces: Sequence[str]) -> bool:
+    """Whether a tokenizer.json is SentencePiece's BPE once more, whose texts may be cut before each run of spaces."""
+    steps = (content.get("normalizer") or {}).get("normalizers", [])
+    prepend_and_replace = [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]
+    model = content["model"]
+    plain = model.get("type") == "BPE" and not model.get("dropout") and not model.get("ignore_merges")
+    whole = steps == prepend_and_replace and content.get("pre_tokenizer") is None
+    return plain and whole and not space_inside(pieces)
 
 
 def _id_of(pieces: Sequence[str], name: str | None, default: int, file: Path) -> int:
@@ -225,6 +280,23 @@ def _id_of(pieces: Sequence[str], name: str | None, default: int, file: Path) ->
     if default < 0:
         raise DataError(f"{file} has no <s> or no </s>: it is no LLaMA tokenizer")
     return default
+
+
+def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    """Finds each of `tokens`, the longest first; of none, nothing."""
+    if not tokens:
+        return re.compile("((?!))")
+    return re.compile("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
+
+
+def holds(texts: pa.Array, tokens: Sequence[str]) -> pa.Array:
+    """[texts] bool: whether a text holds any of `tokens`. What none holds is looked for once, in all of them."""
+    content = memoryview(texts.buffers()[2] or b"")
+    there = [token for token in tokens if re.search(re.escape(token.encode()), content)]
+    found = pa.array(np.zeros(len(texts), bool))
+    for token in there:
+        found = pc.or_(found, pc.match_substring(texts, token))
+    return found
 
 
 def _anchor(pieces: Sequence[str], decode: Any) -> tuple[list[int], str]:

@@ -1,160 +1,168 @@
-"""From records to the documents that are written, key by key."""
+"""From records to the documents that are written, key by key: the handlers, and those for pretraining."""
 
 import difflib
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from data_prep import templates
-from data_prep.errors import DataError, UsageError
-from data_prep.indexed_dataset import Block
-from data_prep.sources import Located, Record, no_column
-from data_prep.tokenizer import Tokenizer
-
-IGNORED = -100
-"""The label of a token that carries no loss."""
+from data_prep.errors import UsageError
+from data_prep.indexed_writer import Block
+from data_prep.rows import Rows
+from data_prep.tokenizer import Tokenizer, framed
 
 DEFAULT_KEYS = ("text",)
 
 
 class Handler(Protocol):
-    """Turns a batch of records into blocks of documents, the same for any cut into batches."""
+    """Turns records into blocks of documents, the same for any cut into batches."""
 
     columns: tuple[str, ...]
     """What it asks of a record."""
+    optional: tuple[str, ...]
+    """What it reads where it is there."""
     outputs: tuple[str, ...]
     """What it writes: suffixes of the output prefix."""
 
-    def __call__(self, batch: Sequence[Located]) -> dict[str, Block]:
+    def __call__(self, rows: Rows) -> dict[str, Block]:
         """A block for each of `outputs`; a record may give no document.
 
         Raises:
-            DataError: A record lacks a column, or holds no text there; it is named.
+            BadRecordsError: Records lack a column, or hold no text there; they are named.
         """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandlerOptions:
+    """What a handler is told."""
+
+    json_keys: tuple[str, ...] = DEFAULT_KEYS
+    append_eod: bool = False
+    prompt_type: str | None = None
+    map_keys: Mapping[str, Any] = field(default_factory=dict)
+    """Role to column; see `columns_of`."""
 
 
 class GeneralPretrainHandler:
     """Each of the named columns as one document; empty texts are skipped, and so columns may differ in number."""
 
-    def __init__(self, tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool) -> None:
-        self._tokenizer, self._eod = tokenizer, append_eod
-        self.columns: tuple[str, ...] = tuple(json_keys)
-        self.outputs: tuple[str, ...] = tuple(f"_{key}_document" for key in json_keys)
+    optional: tuple[str, ...] = ()
 
-    def __call__(self, batch: Sequence[Located]) -> dict[str, Block]:
+    def __init__(self, tokenizer: Tokenizer, options: HandlerOptions) -> None:
+        self._tokenizer, self._eod = tokenizer, options.append_eod
+        self.columns: tuple[str, ...] = options.json_keys
+        self.outputs: tuple[str, ...] = tuple(f"_{key}_document" for key in options.json_keys)
+
+    def __call__(self, rows: Rows) -> dict[str, Block]:
         """Each column's texts."""
-        return {
-            output: self._block([text for where, record in batch if (text := text_of(record, key, where))])
-            for key, output in zip(self.columns, self.outputs, strict=True)
-        }
+        columns = {key: rows.texts(key) for key in self.columns}
+        return {output: self._block(columns[key]) for key, output in zip(self.columns, self.outputs, strict=True)}
 
-    def _block(self, texts: Sequence[str]) -> Block:
-        ids, lengths = self._tokenizer.encode_flat(texts, eos=self._eod)
-        return _one_sequence_each(ids, lengths)
+    def _block(self, texts: pa.Array) -> Block:
+        if pc.any(empty := pc.equal(pc.binary_length(texts), 0)).as_py():
+            texts = texts.filter(pc.invert(empty))
+        tokenizer = self._tokenizer
+        done = tokenizer.encode_column(texts)
+        return one_each(*framed(done.ids, done.lengths, [tokenizer.bos_id], [tokenizer.eos_id] * self._eod))
 
 
 class AlpacaPretrainHandler(GeneralPretrainHandler):
     """Alpaca's columns as one conversation under the key `text`. Source: AscendSpeed's handler."""
 
-    def __init__(self, tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool) -> None:
-        super().__init__(tokenizer, DEFAULT_KEYS, append_eod)
-        self.columns = ("instruction", "input", "output")
+    optional = ("input",)
 
-    def __call__(self, batch: Sequence[Located]) -> dict[str, Block]:
+    def __init__(self, tokenizer: Tokenizer, options: HandlerOptions) -> None:
+        super().__init__(tokenizer, HandlerOptions(append_eod=options.append_eod))
+        self.columns = ("instruction", "output")
+
+    def __call__(self, rows: Rows) -> dict[str, Block]:
         """The conversations."""
-        return {self.outputs[0]: self._block([self._conversation(*located) for located in batch])}
-
-    def _conversation(self, where: str, record: Record) -> str:
-        for name in ("instruction", "output"):  # null ones become the word None, as upstream writes them
-            if name not in record:
-                raise no_column(where, name, record)
-        given = record.get("input")
-        section = f" Input:\n{given}" if given else "None"
-        return (
-            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the user's questions.USER: Below is an instruction that describes a "
-            "task. Write a response that appropriately completes the request.\n\n### Instruction:\n"
-            f"{record['instruction']}\n\n###{section}\n\n### Response: ASSISTANT: {record['output']}"
-        )
+        rows.need(*self.columns)  # null ones become the word None, as upstream writes them
+        columns = (rows.values(name) for name in ("instruction", "input", "output"))
+        texts = [_alpacas_conversation(*record) for record in zip(*columns, strict=True)]
+        return {self.outputs[0]: self._block(rows.column("instruction, input or output", texts))}
 
 
-class GeneralInstructionHandler:
-    """Alpaca's columns as prompt and response; labels carry the response only. Source: AscendSpeed's handler."""
-
-    columns: tuple[str, ...] = ("instruction", "input", "output")
-    outputs: tuple[str, ...] = tuple(f"_packed_{key}_document" for key in ("input_ids", "attention_mask", "labels"))
-    _template: ClassVar = templates.GENERAL_INSTRUCTION
-    _marker: ClassVar = "### Response:\n"
-
-    def __init__(self, tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool) -> None:
-        self._tokenizer, self._eod = tokenizer, append_eod
-
-    def __call__(self, batch: Sequence[Located]) -> dict[str, Block]:
-        """Ids, mask and labels."""
-        texts = [self._text(*located) for located in batch]
-        ids, lengths = self._tokenizer.encode_flat(texts, eos=self._eod)
-        labels, begin = ids.copy(), 0
-        for text, length in zip(texts, lengths.tolist(), strict=True):
-            answer = text.rindex(self._marker) + len(self._marker)  # the last one, as upstream: answers may hold it
-            prompt = self._tokenizer.prefix_length(text, answer, ids[begin : begin + length])
-            labels[begin : begin + min(prompt, length)] = IGNORED
-            begin += length
-        blocks = (_one_sequence_each(row, lengths) for row in (ids, np.ones_like(ids), labels))
-        return dict(zip(self.outputs, blocks, strict=True))
-
-    def _text(self, where: str, record: Record) -> str:
-        given = text_of(record, "input", where) if "input" in record else ""
-        prompt = self._template.prompt(text_of(record, "instruction", where), given)
-        return prompt + self._template.response(text_of(record, "output", where))
+def _alpacas_conversation(instruction: Any, given: Any, output: Any) -> str:
+    section = f" Input:\n{given}" if given else "None"
+    return (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions.USER: Below is an instruction that describes a "
+        "task. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+        f"{instruction}\n\n###{section}\n\n### Response: ASSISTANT: {output}"
+    )
 
 
-def _one_sequence_each(ids: np.ndarray, lengths: np.ndarray) -> Block:
+def one_each(ids: np.ndarray, lengths: np.ndarray) -> Block:
+    """A block in which each sequence is a document."""
     return Block(ids, lengths, np.ones(len(lengths), np.int64))
 
 
-def text_of(record: Record, key: str, where: str) -> str:
-    """A column's text.
+def kinds() -> dict[str, Any]:
+    """The handlers by name."""
+    from data_prep import conversations, instruction
 
-    Raises:
-        DataError: The column is missing, null, no text, or text that UTF-8 cannot hold; the record is named.
-    """
-    if key not in record:
-        raise no_column(where, key, record)
-    value = record[key]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} is {'null' if value is None else type(value).__name__}, not text")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON's escapes can spell it: "\ud800"
-            raise DataError(f"{where}: {key!r} holds half of a surrogate pair, which is no text") from None
-    return value
-
-
-HANDLERS: dict[str, type[GeneralPretrainHandler | GeneralInstructionHandler]] = {
-    kind.__name__: kind for kind in (GeneralPretrainHandler, AlpacaPretrainHandler, GeneralInstructionHandler)
-}
+    return {
+        kind.__name__: kind
+        for kind in (
+            GeneralPretrainHandler,
+            AlpacaPretrainHandler,
+            instruction.GeneralInstructionHandler,
+            instruction.MOSSInstructionHandler,
+            conversations.AlpacaStyleInstructionHandler,
+            conversations.SharegptStyleInstructionHandler,
+            conversations.OpenAIInstructionHandler,
+        )
+    }
 
 
-def make_handler(name: str, tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool) -> Handler:
+def make_handler(name: str, tokenizer: Tokenizer, options: HandlerOptions) -> Handler:
     """The handler of that name, as `check_handler` has allowed it."""
-    return HANDLERS[name](tokenizer, json_keys, append_eod)
+    made: Handler = kinds()[name](tokenizer, options)
+    return made
 
 
-def check_handler(name: str, json_keys: Sequence[str]) -> None:
-    """Sees to it that there is such a handler, and that it reads the named columns.
+def check_handler(name: str, options: HandlerOptions) -> None:
+    """Sees to it that there is such a handler, and that it takes these options.
 
     Raises:
         UsageError: It is not so; the nearest handler is named.
     """
-    if name not in HANDLERS:
-        near = difflib.get_close_matches(name, HANDLERS, 1, cutoff=0.4)
-        advice = f"perhaps you meant {near[0]!r}" if near else f"there are {', '.join(HANDLERS)}"
+    known, keys = kinds(), options.json_keys
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, cutoff=0.4)
+        advice = f"perhaps you meant {near[0]!r}" if near else f"there are {', '.join(known)}"
         raise UsageError(f"unknown handler {name!r}: {advice}")
-    if HANDLERS[name] is not GeneralPretrainHandler and tuple(json_keys) != DEFAULT_KEYS:
+    if known[name] is not GeneralPretrainHandler and keys != DEFAULT_KEYS:
         raise UsageError(f"{name} reads columns of its own: --json-keys is GeneralPretrainHandler's")
-    if not json_keys or len(set(json_keys)) < len(json_keys):
+    if not keys or len(set(keys)) < len(keys):
         raise UsageError("--json-keys names no column, or one twice")
-    if odd := [key for key in json_keys if "/" in key]:
+    if odd := [key for key in keys if "/" in key]:
         raise UsageError(f"--json-keys {odd[0]}: it becomes part of a file's name, and may hold no slash")
+    chats = hasattr(known[name], "check_options")
+    if chats:
+        known[name].check_options(options)
+    elif options.prompt_type or options.map_keys:
+        flag = "--prompt-type" if options.prompt_type else "--map-keys"
+        raise UsageError(
+            f"{name} has a prompt and columns of its own: {flag} is for those with Style or OpenAI in them"
+        )
+
+
+def parse_map_keys(text: str) -> dict[str, Any]:
+    """--map-keys, as MindSpeed-LLM takes it: a JSON object of role to column.
+
+    Raises:
+        UsageError: It is none.
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--map-keys {text!r} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f'--map-keys {text!r} is no object: give {{"prompt": "my_column", ...}}')
+    return content

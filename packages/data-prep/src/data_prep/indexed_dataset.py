@@ -4,16 +4,11 @@ r"""Megatron's indexed dataset: `P.bin` holds token ids one after another, `P.id
 index; int32 lengths; int64 byte offsets; int64 document index (begins with 0; each value counts the sequences so far).
 """
 
-import contextlib
-import fcntl
 import glob
-import hashlib
-import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -21,26 +16,12 @@ from data_prep.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 _LEGACY = b"TNTIDX\x00\x00"
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_INT32 = 4
-_HEADER = struct.Struct("<9sQBQQ")
-_BLOCK = 1 << 20
-"""Numbers handled at a time where a whole index could be large."""
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+"""Codes of the integer types. Codes 6 and 7 are floats, which Megatron-LM and AscendSpeed give to each other's type."""
+HEADER = struct.Struct("<9sQBQQ")
 
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Some documents in a row, as they are written.
-
-    Attributes:
-        ids: [tokens] int32, of all sequences, one after another.
-        lengths: [sequences] int32, the tokens of each.
-        documents: [documents] int64, the sequences of each.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    documents: np.ndarray
+_PIECE = 1 << 20
+"""Tokens that are handled at a time where all of them could be many."""
 
 
 class IndexedDataset:
@@ -68,7 +49,7 @@ class IndexedDataset:
                 raise DataError(f"no such data set: {file}")
         self.dtype, count, documents = _read_header(index)
         raw = np.memmap(index, np.uint8, mode="r").view(np.ndarray)
-        bounds = np.cumsum([_HEADER.size, 4 * count, 8 * count, 8 * documents])
+        bounds = np.cumsum([HEADER.size, 4 * count, 8 * count, 8 * documents])
         self.sequence_lengths = raw[bounds[0] : bounds[1]].view(np.int32)
         self._offsets = raw[bounds[1] : bounds[2]].view(np.int64)
         self.document_indices = raw[bounds[2] : bounds[3]].view(np.int64)
@@ -87,6 +68,28 @@ class IndexedDataset:
         begin = int(self._offsets[number]) // self.dtype.itemsize
         return self._ids[begin : begin + int(self.sequence_lengths[number])]
 
+    def span(self, begin: int, end: int) -> np.ndarray:
+        """The ids of sequences `begin` to `end`, one after another."""
+        if begin >= end:
+            return np.empty(0, self.dtype)
+        offsets = self._offsets[begin:end]
+        sizes = self.sequence_lengths[begin:end].astype(np.int64) * self.dtype.itemsize
+        if (offsets == offsets[0] + np.cumsum(sizes) - sizes).all():
+            first = int(offsets[0]) // self.dtype.itemsize
+            return self._ids[first : first + int(sizes.sum()) // self.dtype.itemsize]
+        return np.concatenate([self[number] for number in range(begin, end)])
+
+    def pieces(self, tokens: int = _PIECE) -> Iterator[tuple[int, int]]:
+        """(begin, end) of sequences in a row that hold about so many tokens together, from the first to the last."""
+        begin = before = 0
+        step = max(1, tokens // 8)
+        while begin < len(self):
+            ends = before + np.cumsum(self.sequence_lengths[begin : begin + step], dtype=np.int64)
+            end = begin + max(1, int(np.searchsorted(ends, before + tokens, side="right")))
+            before = int(ends[end - begin - 1])
+            yield begin, end
+            begin = end
+
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[number] for number in range(len(self)))
 
@@ -103,18 +106,18 @@ class IndexedDataset:
 def _read_header(index: Path) -> tuple[np.dtype[Any], int, int]:
     """dtype, number of sequences, length of the document index."""
     with index.open("rb") as file:
-        head = file.read(_HEADER.size)
+        head = file.read(HEADER.size)
     if head.startswith(_LEGACY):
         raise DataError(f"{index} is of the lazy or cached kind: write it again with --dataset-impl mmap")
-    if not head.startswith(MAGIC) or len(head) < _HEADER.size:
+    if not head.startswith(MAGIC) or len(head) < HEADER.size:
         raise DataError(f"{index} is no index of an indexed dataset")
-    _, version, code, count, documents = _HEADER.unpack(head)
-    if version != 1 or code not in _DTYPES:
+    _, version, code, count, documents = HEADER.unpack(head)
+    if version != 1 or code not in DTYPES:
         raise DataError(f"{index} has version {version} and dtype code {code}, which hold no token ids")
     size = index.stat().st_size
-    if size < _HEADER.size + 12 * count + 8 * documents:
+    if size < HEADER.size + 12 * count + 8 * documents:
         raise DataError(f"{index} is truncated: {count} sequences need more than its {size} bytes")
-    return np.dtype(_DTYPES[code]), count, documents
+    return np.dtype(DTYPES[code]), count, documents
 
 
 def find_prefixes(prefix: str | Path) -> list[Path]:
@@ -143,110 +146,3 @@ def find_prefix(prefix: str | Path) -> Path:
 def _without_suffix(prefix: str | Path) -> Path:
     path = Path(prefix)
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-
-
-class IndexedWriter:
-    """Writes one data set, in int32 as every LLaMA-2 recipe does, in hidden files beside its place.
-
-    Memory does not grow with the data: lengths and documents go to files as they come.
-
-    Args:
-        prefix: Full prefix of the pair. Its folder must exist.
-
-    Attributes:
-        tokens, sequences, documents: Written so far.
-        sha256: Of the `.bin` and the `.idx`, by suffix, once they are complete.
-
-    Raises:
-        DataError: Another process is writing the same data set.
-    """
-
-    def __init__(self, prefix: Path) -> None:
-        self.prefix = prefix
-        self.tokens = self.sequences = self.documents = 0
-        self.sha256: dict[str, str] = {}
-        self._data_hash = hashlib.sha256()
-        self._parts = {suffix: prefix.with_name(f".{prefix.name}{suffix}.part") for suffix in (".bin", ".idx", ".doc")}
-        self._files: dict[str, BinaryIO] = {}
-        try:
-            for suffix, part in self._parts.items():
-                self._files[suffix] = _open_locked(part)
-        except BaseException:
-            self._close()
-            raise
-        self._files[".idx"].write(bytes(_HEADER.size))
-        self._files[".doc"].write(np.zeros(1, np.int64).tobytes())
-
-    def add(self, block: Block) -> None:
-        """Appends a block of documents."""
-        data = np.ascontiguousarray(block.ids, "<i4").tobytes()
-        self._data_hash.update(data)
-        self._files[".bin"].write(data)
-        self._files[".idx"].write(np.ascontiguousarray(block.lengths, "<i4").tobytes())
-        ends = self.sequences + np.cumsum(block.documents, dtype="<i8")
-        self._files[".doc"].write(ends.tobytes())
-        self.tokens += len(block.ids)
-        self.sequences += len(block.lengths)
-        self.documents += len(block.documents)
-
-    def finish(self) -> None:
-        """Completes both files, still beside their places."""
-        index = self._files[".idx"]
-        offset = 0
-        for lengths in self._numbers(".idx", "<i4", _HEADER.size, self.sequences):
-            ends = offset + 4 * np.cumsum(lengths, dtype="<i8")
-            index.write((ends - 4 * lengths.astype("<i8")).tobytes())
-            offset = int(ends[-1])
-        for documents in self._numbers(".doc", "<i8", 0, self.documents + 1):
-            index.write(documents.tobytes())
-        index.seek(0)
-        index.write(_HEADER.pack(MAGIC, 1, _INT32, self.sequences, self.documents + 1))
-        for suffix in (".bin", ".idx"):
-            self._files[suffix].flush()
-            os.fsync(self._files[suffix].fileno())
-        self.sha256 = {".bin": self._data_hash.hexdigest(), ".idx": sha256_of(self._parts[".idx"])}
-
-    def _numbers(self, suffix: str, dtype: str, begin: int, count: int) -> Iterator[np.ndarray]:
-        """Numbers that were written to a part, read back in blocks through a second handle."""
-        self._files[suffix].flush()
-        with self._parts[suffix].open("rb") as file:
-            file.seek(begin)
-            while count:
-                block = np.frombuffer(file.read(min(count, _BLOCK) * np.dtype(dtype).itemsize), dtype)
-                count -= len(block)
-                yield block
-
-    def put(self, suffix: str) -> None:
-        """Moves one finished file (".bin" or ".idx") to its place, over what is there."""
-        self._parts[suffix].replace(f"{self.prefix}{suffix}")
-
-    def discard(self) -> None:
-        """Closes and removes what was not moved to its place."""
-        for suffix in self._files:
-            self._parts[suffix].unlink(missing_ok=True)
-        self._close()
-
-    def _close(self) -> None:
-        for file in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk refuses what is still buffered; it is not wanted any more
-                file.close()
-
-
-def _open_locked(part: Path) -> BinaryIO:
-    """`part`, empty; what a killed run left there is overwritten, what a living one writes is not."""
-    file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise DataError(f"another run is writing {part}: wait for it, or choose another --output-prefix") from None
-    except OSError:
-        pass  # a file system without locks
-    file.truncate()
-    return file
-
-
-def sha256_of(file: Path) -> str:
-    """sha256 of a file's bytes, read in blocks."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """What a data set holds: its figures, and any document of it as text, with the place where the loss falls."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import DataError, UsageError
-from data_prep.handlers import IGNORED
 from data_prep.indexed_dataset import IndexedDataset, find_prefixes
+from data_prep.instruction import IGNORED
 from data_prep.manifest import read_manifest
 from data_prep.tokenizer import Tokenizer
+
+_STEPS = 20
+"""Of a histogram, at most."""
 
 
 def describe(prefix: str | Path) -> list[dict[str, Any]]:
@@ -36,8 +40,77 @@ def _figures(prefix: Path) -> dict[str, Any]:
         "shortest": int(lengths.min()) if len(lengths) else 0,
         "mean": tokens / len(data) if len(data) else 0.0,
         "longest": int(lengths.max(initial=0)),
+        "with_loss": _with_loss(data),
+        "histogram": histogram(lengths),
         "manifest": asdict(manifest) if manifest else None,
     }
+
+
+def _with_loss(data: IndexedDataset) -> int | None:
+    """Tokens that the loss falls on; None where the data has no labels."""
+    if not data.prefix.name.endswith("_packed_labels_document"):
+        return None
+    return sum(int((data.span(begin, end) != IGNORED).sum()) for begin, end in data.pieces())
+
+
+def histogram(lengths: np.ndarray) -> dict[str, list[int]]:
+    """How many sequences have which length, in steps of a round number of tokens; the last holds the longest 1 %.
+
+    Returns:
+        {"edges": [steps + 1], "counts": [steps]}: a step holds the lengths from its edge on, below the next.
+    """
+    longest = int(lengths.max(initial=0))
+    most = int(np.percentile(lengths, 99)) if len(lengths) else 0
+    step = next(step for step in _round_numbers() if step * _STEPS > most)
+    edges = [*range(0, most + step + 1, step)]
+    if edges[-1] <= longest:
+        edges.append(longest + 1)
+    counts, _ = np.histogram(lengths, edges)
+    return {"edges": edges, "counts": counts.tolist()}
+
+
+def _round_numbers() -> Iterator[int]:
+    """1, 2, 5, 10, 20, 50 and so on."""
+    ten = 1
+    while True:
+        yield from (ten, 2 * ten, 5 * ten)
+        ten *= 10
+
+
+def histogram_lines(found: dict[str, list[int]], width: int = 50) -> list[str]:
+    """A histogram as text: a bar for each step."""
+    edges, counts = found["edges"], found["counts"]
+    most, digits = max(counts, default=0) or 1, len(f"{edges[-1]:,}")
+    return [
+        f"{begin:>{digits},} to {end - 1:>{digits},}  {'#' * -(-count * width // most):<{width}}  {count:,}"
+        for begin, end, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+
+
+def plot(facts: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draws the histograms of `describe` as one PNG.
+
+    Raises:
+        UsageError: matplotlib, the extra [plot], is not there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'puna-data-prep[plot]'") from None
+    figure = Figure(figsize=(8, 3 * len(facts)), layout="constrained")
+    for number, each in enumerate(facts, 1):
+        axes = figure.add_subplot(len(facts), 1, number)
+        edges, counts = each["histogram"]["edges"], each["histogram"]["counts"]
+        axes.bar(range(len(counts)), counts, 0.95, align="edge")
+        labels = [f"{edge:,}" for edge in edges]  # the last step is wider than the others, and drawn as wide
+        axes.set_xticks(range(len(edges)), labels, rotation=45, ha="right", fontsize=8)
+        axes.set(title=Path(each["prefix"]).name, xlabel="tokens of a sequence", ylabel="sequences")
+    part = file.with_name(f".{file.name}.part")
+    try:
+        figure.savefig(part, format="png", dpi=120)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def document(prefix: str | Path, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ class Manifest:
 
     format_version: int = FORMAT_VERSION
     data_prep_version: str
-    inputs: list[dict[str, str | int]]
-    """Name, bytes and sha256 of each input file, in the order of reading."""
+    inputs: list[dict[str, Any]]
+    """Name, bytes and sha256 of each input file, in the order of reading; a shard hashes those that it begins."""
     handler: str
     append_eod: bool
     encoder: str
@@ -35,6 +35,14 @@ class Manifest:
     tokens: int
     bin_sha256: str
     idx_sha256: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else was asked for that the ids depend on, where it is not the default."""
+    skipped: int = 0
+    """Records that --skip-bad-records left out."""
+    skipped_records: list[str] = field(default_factory=list)
+    """The first of them, and why."""
+    shard: list[int] | None = None
+    """[index, count] where this is one part of a data set."""
 
 
 def manifest_file(prefix: Path) -> Path:
@@ -60,7 +68,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
             raise DataError(
                 f"{file} has format version {content['format_version']}: this data-prep reads {FORMAT_VERSION}"
             )
-        known = {field.name for field in fields(Manifest)}
+        known = {each.name for each in fields(Manifest)}
         return Manifest(**{name: value for name, value in content.items() if name in known})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{file} is no manifest: {error}") from None

@@ -1,32 +1,32 @@
 """Raw files to indexed datasets: read, handled, tokenized and written as a stream, in place only when whole."""
 
-import contextlib
-import multiprocessing
-import os
-import signal
 import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib import metadata
-from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
+from data_prep.committing import check_target, commit
+from data_prep.comparison import disagreement
 from data_prep.errors import DataError, UsageError
-from data_prep.handlers import Handler, check_handler, make_handler
-from data_prep.indexed_dataset import Block, IndexedWriter, sha256_of
-from data_prep.manifest import Manifest, manifest_file, write_manifest
-from data_prep.sources import Located, files_of, records
-from data_prep.tokenizer import Tokenizer
+from data_prep.indexed_writer import IndexedWriter, sha256_of
+from data_prep.instruction import OUTPUTS
+from data_prep.journal import Journal, fingerprint, read_journal, remove_journal, write_journal
+from data_prep.manifest import Manifest
+from data_prep.packing import Packer
+from data_prep.plan import Plan
+from data_prep.pool import results
+from data_prep.progress import Progress
+from data_prep.readers import batches
+from data_prep.recipe import Done, Task, Worker
+from data_prep.sources import Source, part_of, passes, sources_of
 
-_BATCH_RECORDS = 512
-_BATCH_CHARACTERS = 1 << 20
-"""A batch ends at either: a worker's message, and a step of the progress bar."""
+JOURNAL_S = 10.0
+"""Between two notes of how far a run is: what a killed one does again is no more than that."""
+_LISTED = 1000
+"""Skipped records that a manifest names."""
 
 
 def prepare(
@@ -37,8 +37,20 @@ def prepare(
     handler_name: str = "GeneralPretrainHandler",
     json_keys: Sequence[str] = ("text",),
     append_eod: bool = False,
+    prompt_type: str | None = None,
+    map_keys: Mapping[str, Any] | None = None,
+    input_weights: Sequence[float] = (),
+    special_tokens_in_text: str = "match",
+    dtype: str = "int32",
+    pack_length: int | None = None,
+    skip_bad_records: bool = False,
+    num_shards: int = 1,
+    shard_index: int = 0,
     workers: int = 1,
+    resume: bool = False,
+    log_interval: int = 0,
     overwrite: bool = False,
+    executor: str = "local",
 ) -> Manifest:
     """Writes `{output_prefix}_{key}_document.{bin,idx}` and a manifest for each key of the handler.
 
@@ -49,12 +61,23 @@ def prepare(
         inputs: Files or folders.
         output_prefix: Where to write; its folder is made if need be.
         tokenizer: A Hugging Face folder or a tokenizer's file.
-        handler_name: How a record becomes documents: a name of `data_prep.handlers.HANDLERS`.
+        handler_name: How a record becomes documents: a name of `data_prep.handlers.kinds()`.
         json_keys: Columns that GeneralPretrainHandler reads.
         append_eod: End each document with `</s>`.
-        workers: Processes that tokenize; with one, no other is started. They are spawned: a script that asks for
-            several guards its main part with `if __name__ == "__main__"`.
+        prompt_type: A name of `data_prep.templates.CHATS`, for the handlers of conversations.
+        map_keys: Role to column, for the handlers of conversations.
+        input_weights: How many times each input is read; a fraction takes that share of its records.
+        special_tokens_in_text: "match" makes special ids of `</s>` and the like in a text, "ignore" plain text.
+        dtype: "int32", or "uint16" where ids are no labels and fit.
+        pack_length: Packs documents to this many tokens, see `Packer`.
+        skip_bad_records: Leave out what cannot be used, and list it, instead of stopping there.
+        num_shards: Write one of so many parts, which `merge` joins; its prefix gets `-00000-of-00002` and so on.
+        shard_index: Of the part, from 0.
+        workers: Processes that tokenize, this one among them; others are started where there is enough to do.
+        resume: Continue what a killed run with the same options left.
+        log_interval: Documents between two lines on stderr where it is no terminal; 0 for none.
         overwrite: Replace a data set that is there.
+        executor: "local", or "ray": the shards of the data set are made on a Ray cluster, `workers` at a time.
 
     Returns:
         The manifest of the handler's first key.
@@ -64,205 +87,239 @@ def prepare(
             left under the prefix.
         UsageError: There is no such handler, or it takes no such option; no input, or no name for the output.
     """
-    check_handler(handler_name, json_keys)
+    plan = Plan(
+        inputs=tuple(Path(path) for path in inputs),
+        output_prefix=str(output_prefix),
+        tokenizer=Path(tokenizer),
+        handler_name=handler_name,
+        json_keys=tuple(json_keys),
+        append_eod=append_eod,
+        prompt_type=prompt_type,
+        map_keys=map_keys,
+        input_weights=tuple(input_weights),
+        special_tokens_in_text=special_tokens_in_text,
+        dtype=dtype,
+        pack_length=pack_length,
+        skip_bad_records=skip_bad_records,
+        num_shards=num_shards,
+        shard_index=shard_index,
+    )
+    if executor == "ray":
+        from data_prep.executors import make_on_ray
+
+        if resume:
+            raise UsageError("--resume: with --executor ray, shards are made again as a whole")
+        return make_on_ray(plan, workers=workers, overwrite=overwrite)
+    if executor != "local":
+        raise UsageError(f"--executor {executor}: local or ray")
+    return make(plan, workers=workers, resume=resume, log_interval=log_interval, overwrite=overwrite)
+
+
+def make(plan: Plan, *, workers: int, resume: bool, log_interval: int, overwrite: bool) -> Manifest:
+    """`prepare`, of a plan."""
     if workers < 1:
         raise UsageError(f"--workers {workers}: at least one process has to work")
-    if not inputs:
-        raise UsageError("--input names no file and no folder")
-    if not str(output_prefix) or str(output_prefix).endswith(("/", "/.", "/..")):
-        raise UsageError(f"--output-prefix {str(output_prefix)!r} is a folder: end it with a name for the data set")
-    files, skipped = files_of([Path(path) for path in inputs])
+    sources, skipped = sources_of(plan.inputs, plan.input_weights)
     if skipped:
-        print(f"left out: {', '.join(map(str, skipped))} (not of the folder's main kind)", file=sys.stderr)
-    recipe = _Recipe(Path(tokenizer), handler_name, tuple(json_keys), append_eod)
-    encoder, handler = recipe.load()
-    prefixes = [Path(f"{output_prefix}{output}") for output in handler.outputs]
-    _check_target(prefixes, overwrite)
+        _say(f"left out: {', '.join(skipped)} (not of the folder's main kind)")
+    worker = Worker(plan.recipe)
+    _check_dtype(plan, worker)
+    prefixes = [Path(f"{plan.prefix}{output}") for output in worker.handler.outputs]
+    check_target(prefixes, overwrite)
     prefixes[0].parent.mkdir(parents=True, exist_ok=True)
-    writers: dict[str, IndexedWriter] = {}
+    run = _Run(plan, sources, worker, prefixes)
     try:
-        for output, prefix in zip(handler.outputs, prefixes, strict=True):
-            writers[output] = IndexedWriter(prefix)
-        _write_all(files, recipe, handler, workers, writers)
-        if empty := [output for output, writer in writers.items() if not writer.documents]:
-            raise DataError(f"the input holds no document for {', '.join(empty)}: {', '.join(map(str, files))}")
-        for writer in writers.values():
-            writer.finish()
-        sources: list[dict[str, str | int]] = [
-            {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
-        ]
-        return _commit(list(writers.values()), recipe, encoder, sources)
+        run.open(resume)
+        run.work(workers, log_interval)
+        manifests = run.finish()
+        commit(list(run.writers.values()), manifests)
+        run.summarize()
+        return manifests[0]
     finally:
-        for writer in writers.values():
-            writer.discard()
+        run.discard()
 
 
-@dataclass(frozen=True, slots=True)
-class _Recipe:
-    """What a process needs to turn records into blocks."""
-
-    tokenizer: Path
-    handler_name: str
-    json_keys: tuple[str, ...]
-    append_eod: bool
-
-    def load(self) -> tuple[Tokenizer, Handler]:
-        tokenizer = Tokenizer(self.tokenizer)
-        return tokenizer, make_handler(self.handler_name, tokenizer, self.json_keys, self.append_eod)
-
-
-def _check_target(prefixes: Sequence[Path], overwrite: bool) -> None:
-    folder = prefixes[0].parent
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is a file: choose another --output-prefix")
-    there = [file for prefix in prefixes for suffix in (".idx", ".bin") if (file := Path(f"{prefix}{suffix}")).exists()]
-    if there and not overwrite:
-        raise DataError(f"{there[0]} exists: give --overwrite to replace it, or choose another --output-prefix")
-
-
-def _write_all(
-    files: Sequence[Path], recipe: _Recipe, handler: Handler, workers: int, writers: dict[str, IndexedWriter]
-) -> None:
-    batches = (batch for file in files for batch in _batches(records(file, handler.columns)))
-    with tqdm(unit="rec", unit_scale=True, desc="data-prep", disable=None, dynamic_ncols=True, file=sys.stderr) as bar:
-        for number, blocks in _handled(batches, recipe, handler, workers):
-            for output, block in blocks.items():
-                writers[output].add(block)
-            bar.update(number)
-            bar.set_postfix_str(f"{sum(writer.tokens for writer in writers.values()) / len(writers):,.0f} tokens")
-
-
-def _batches(stream: Iterator[Located]) -> Iterator[list[Located]]:
-    batch: list[Located] = []
-    characters = 0
-    for located in stream:
-        batch.append(located)
-        characters += sum(len(value) for value in located[1].values() if isinstance(value, str))
-        if len(batch) == _BATCH_RECORDS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _handled(
-    batches: Iterator[list[Located]], recipe: _Recipe, handler: Handler, workers: int
-) -> Iterator[tuple[int, dict[str, Block]]]:
-    """(number of records, their blocks), in the order of the batches whoever made them."""
-    if workers == 1:
-        yield from ((len(batch), handler(batch)) for batch in batches)
+def _check_dtype(plan: Plan, worker: Worker) -> None:
+    if plan.dtype != "uint16":
         return
-    pool = ProcessPoolExecutor(workers, _Context(), initializer=_start_worker, initargs=(recipe,))
-    pending: deque[tuple[int, Future[dict[str, Block]]]] = deque()
-    try:
-        for batch in batches:
-            with _no_signals():
-                pending.append((len(batch), pool.submit(_handle, batch)))
-            if len(pending) > 2 * workers:  # bounds the memory
-                number, blocks = pending.popleft()
-                yield number, blocks.result()
-        for number, blocks in pending:
-            yield number, blocks.result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process died (out of memory, or killed): run again, perhaps with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    if worker.handler.outputs == OUTPUTS:
+        raise UsageError(f"--dtype uint16: {plan.handler_name} writes labels, and -100 is none of its numbers")
+    if worker.tokenizer.vocab_size > 1 << 16:
+        raise UsageError(f"--dtype uint16: the vocabulary has {worker.tokenizer.vocab_size} ids, above 65536")
 
 
-class _Worker(SpawnProcess):
-    """A worker, from which SIGTERM is kept: the pool, to end the others when one has died, needs another means."""
-
-    def terminate(self) -> None:
-        self.kill()
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
-class _Context(SpawnContext):
-    """Workers are spawned, not forked: the parent has the threads of pyarrow and of the progress bar."""
+class _Run:
+    """One run at work: its files, and how far it is."""
 
-    Process = _Worker
+    def __init__(self, plan: Plan, whole: Sequence[Source], worker: Worker, prefixes: Sequence[Path]) -> None:
+        self.plan, self.worker, self._prefixes = plan, worker, prefixes
+        self._whole = whole
+        parts = part_of(whole, plan.shard_index, plan.num_shards)
+        self._reads = [(source, share) for source in parts for _, share in passes(source)]
+        self.writers: dict[str, IndexedWriter] = {}
+        self._packer: Packer | None = None
+        if plan.pack_length:
+            self._packer = Packer(plan.pack_length, merge=worker.handler.outputs == OUTPUTS)
+        self._journal = Journal(self._fingerprint())
+        self._progress: Progress | None = None
 
+    def _fingerprint(self) -> str:
+        tokenizer = self.worker.tokenizer
+        files = [(source, source.path.stat().st_mtime_ns) for source in self._whole]
+        return fingerprint([asdict(self.plan), tokenizer.vocab_sha256, tokenizer.probe_sha256, str(files)])
 
-@contextlib.contextmanager
-def _no_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end, and never reach a process started meanwhile: the parent stops the pool.
+    def open(self, resume: bool) -> None:
+        """Opens the files: anew, or as a killed run left them."""
+        found = read_journal(self._prefixes[0], self._journal.run) if resume else None
+        if resume:
+            _say(f"resuming behind {found.records:,} records" if found else "nothing to resume: beginning anew")
+        for output, prefix in zip(self.worker.handler.outputs, self._prefixes, strict=True):
+            state = found.writers[output] if found else None
+            self.writers[output] = IndexedWriter(prefix, self.plan.dtype, state)
+        if found:
+            self._journal = found
+            if self._packer:
+                vars(self._packer).update(found.packer)
+        else:
+            remove_journal(self._prefixes[0])
 
-    A worker could not ignore Ctrl-C itself early enough: it would die with a traceback while it still imports. One that
-    SIGTERM ends amid a result would leave the pool waiting for the rest of it, and a parent that either stops between a
-    worker's start and the pool's note of it would wait for that worker, for ever.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def work(self, workers: int, log_interval: int) -> None:
+        """Reads, tokenizes and writes everything."""
+        self._progress = Progress(sum(source.size for source, _ in self._reads), log_interval, _say)
+        noted = time.monotonic()
+        try:
+            for (number, before), (task, done) in self._done(workers):
+                self._add(done)
+                journal = self._journal
+                journal.source, journal.begin, journal.records = number, task.batch.end, journal.records + done.records
+                journal.done_bytes = before + task.batch.read_bytes
+                self._progress.counts.add(done.counts)
+                self._progress.at(journal.done_bytes, *self._written())
+                if time.monotonic() - noted >= JOURNAL_S:
+                    self._note()
+                    noted = time.monotonic()
+        finally:
+            self._progress.close()
 
+    def _done(self, workers: int) -> Iterator[tuple[tuple[int, int], tuple[Task, Done]]]:
+        """((number of the read, bytes before it), (task, what it became)), in order."""
+        places: list[tuple[int, int]] = []
 
-_worker_handler: Callable[[Sequence[Located]], dict[str, Block]]
-"""Of a worker process: loaded once, when it starts."""
+        def tasks() -> Iterator[Task]:
+            for number, source, share, before in self._left():
+                handler = self.worker.handler
+                found = batches(source, handler.columns, handler.optional, skip_bad=self.plan.skip_bad_records)
+                for batch in found:
+                    places.append((number, before))
+                    yield Task(batch, share)
 
+        for each in results(tasks(), self.plan.recipe, self.worker, workers):
+            yield places.pop(0), each
 
-def _start_worker(recipe: _Recipe) -> None:
-    global _worker_handler
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_handler = recipe.load()[1]
+    def _left(self) -> Iterator[tuple[int, Source, float, int]]:
+        """(number, source, share, bytes before it) of what is still to be read."""
+        before, first, begin = 0, self._journal.source, self._journal.begin
+        for number, (source, share) in enumerate(self._reads):
+            if number == first and begin:
+                yield number, replace(source, begin=begin, aligned=True), share, before
+            elif number >= first:
+                yield number, source, share, before
+            before += source.size
 
+    def _add(self, done: Done) -> None:
+        self._journal.bad += done.bad
+        for line in done.bad:
+            _say(f"skipped: {line}")
+        if not done.blocks:
+            return
+        blocks = self._packer.pack(done.blocks) if self._packer else done.blocks
+        for output, block in blocks.items():
+            self.writers[output].add(block)
 
-def _end_with_parent() -> None:
-    """A killed parent stops no pool: its workers would wait for the next batch for ever, and hold its stderr open."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    def _written(self) -> tuple[int, int]:
+        """Documents and tokens."""
+        first = next(iter(self.writers.values()))
+        return first.documents, first.tokens
 
+    def _note(self) -> None:
+        self._journal.writers = {output: writer.state() for output, writer in self.writers.items()}
+        if self._packer:
+            self._journal.packer = {
+                name: vars(self._packer)[name] for name in ("open_tokens", "open_count", "too_long")
+            }
+        write_journal(self._prefixes[0], self._journal)
 
-def _handle(batch: list[Located]) -> dict[str, Block]:
-    return _worker_handler(batch)
+    def finish(self) -> list[Manifest]:
+        """Completes the files, still beside their places."""
+        if self._packer:
+            for output, block in self._packer.rest(tuple(self.writers)).items():
+                self.writers[output].add(block)
+        empty = [output for output, writer in self.writers.items() if not writer.documents]
+        if empty and self.plan.num_shards == 1:
+            names = ", ".join(source.name for source in self._whole)
+            raise DataError(f"the input holds no document for {', '.join(empty)}: {names}")
+        for writer in self.writers.values():
+            writer.finish()
+        return self._manifests()
 
+    def _manifests(self) -> list[Manifest]:
+        plan, tokenizer, bad = self.plan, self.worker.tokenizer, self._journal.bad
+        common: dict[str, Any] = {
+            "data_prep_version": metadata.version("puna-data-prep"),
+            "inputs": self._inputs(),
+            "handler": plan.handler_name,
+            "append_eod": plan.append_eod,
+            "encoder": f"{tokenizer.encoder} {metadata.version(tokenizer.encoder)}",
+            "vocab_size": tokenizer.vocab_size,
+            "vocab_sha256": tokenizer.vocab_sha256,
+            "probe_sha256": tokenizer.probe_sha256,
+            "dtype": plan.dtype,
+            "options": plan.facts,
+            "skipped": len(bad),
+            "skipped_records": bad[:_LISTED],
+            "shard": [plan.shard_index, plan.num_shards] if plan.num_shards > 1 else None,
+        }
+        return [
+            Manifest(
+                documents=writer.documents,
+                sequences=writer.sequences,
+                tokens=writer.tokens,
+                bin_sha256=writer.sha256[".bin"],
+                idx_sha256=writer.sha256[".idx"],
+                **common,
+            )
+            for writer in self.writers.values()
+        ]
 
-def _commit(
-    writers: Sequence[IndexedWriter], recipe: _Recipe, encoder: Tokenizer, sources: list[dict[str, str | int]]
-) -> Manifest:
-    """Puts every file in its place: readers refuse a `.bin` without its `.idx`, so the indices frame the change."""
-    manifests = [
-        Manifest(
-            data_prep_version=metadata.version("puna-data-prep"),
-            inputs=sources,
-            handler=recipe.handler_name,
-            append_eod=recipe.append_eod,
-            encoder=f"{encoder.encoder} {metadata.version(encoder.encoder)}",
-            vocab_size=encoder.vocab_size,
-            vocab_sha256=encoder.vocab_sha256,
-            probe_sha256=encoder.probe_sha256,
-            dtype="int32",
-            documents=writer.documents,
-            sequences=writer.sequences,
-            tokens=writer.tokens,
-            bin_sha256=writer.sha256[".bin"],
-            idx_sha256=writer.sha256[".idx"],
-        )
-        for writer in writers
-    ]
-    folder = writers[0].prefix.parent
-    for writer in writers:
-        Path(f"{writer.prefix}.idx").unlink(missing_ok=True)
-        manifest_file(writer.prefix).unlink(missing_ok=True)
-    _sync(folder)
-    for writer, manifest in zip(writers, manifests, strict=True):
-        writer.put(".bin")
-        write_manifest(writer.prefix, manifest)
-    _sync(folder)
-    for writer in writers:
-        writer.put(".idx")
-    _sync(folder)
-    return manifests[0]
+    def _inputs(self) -> list[dict[str, Any]]:
+        """Name, bytes and sha256 of each file; a shard hashes those whose beginning it read."""
+        ours = {source.path for source, _ in self._reads if not source.begin}
+        paths = dict.fromkeys(source.path for source in self._whole)
+        return [
+            {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path) if path in ours else None}
+            for path in paths
+        ]
 
+    def summarize(self) -> None:
+        """Says on stderr how it went."""
+        assert self._progress is not None
+        progress = self._progress
+        progress.at(sum(source.size for source, _ in self._reads), *self._written())
+        _say(f"{progress.seconds:.1f} s: {progress.rates()}; {progress.cache()}")
+        if note := disagreement(self.worker.tokenizer, self.plan.tokenizer):
+            _say(f"note: {note}")
+        if self._journal.bad:
+            _say(f"{len(self._journal.bad):,} records were skipped")
+        if self._packer and self._packer.too_long:
+            _say(f"{self._packer.too_long:,} documents are packs of their own: they are longer than a pack")
 
-def _sync(folder: Path) -> None:
-    """Makes the renames so far survive a power cut before those that follow."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def discard(self) -> None:
+        """Removes what is not in its place."""
+        for writer in self.writers.values():
+            writer.discard()
+        if self.writers:
+            remove_journal(self._prefixes[0])

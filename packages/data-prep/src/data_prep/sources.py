@@ -1,229 +1,176 @@
-"""Raw files as a stream of records: parquet, jsonl, json, csv, txt; a file, several, or a folder of them.
+"""Which files are read, and which part of them.
 
-Each record comes with the words that name it in a message: its file, and its line or row there.
+A source is a file of a known kind, as it is, compressed, or in a zip. Its records lie along an axis: bytes for files of
+lines, rows for tables, else records; a part of a source is a piece of that axis.
 """
 
-import csv
-import json
+import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, UsageError
+from data_prep.opening import PACKED, check_head, members, opened
 
-Record = dict[str, Any]
-Located = tuple[str, Record]
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".txt")
-
-_CHUNK = 1 << 20
-_LARGEST_RECORD = 1 << 30
-"""Characters of one record of a JSON list: beyond it, the file is taken for broken rather than read on."""
+KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt")
+LINES = (".jsonl", ".txt")
+TABLES = (".parquet", ".arrow")
 
 
-def files_of(inputs: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The files to read, in order, and the files of a folder that are left out.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file to be read, or a part of it.
 
-    A folder stands for its files of the most frequent known kind, by name.
+    Attributes:
+        path: The file on disk.
+        kind: One of `KINDS`, or "lines" and "list" for the two forms of a `.json` and `.jsonl` file.
+        packing: One of `opening.PACKED`, or "".
+        member: Its name in a zip; None if it is none.
+        size: Bytes on disk (of a zip's member: its share).
+        begin: Where to begin on the source's axis.
+        end: Where to end; None for its end.
+        aligned: A record begins at `begin`; otherwise reading begins with the first that does so there or later.
+        times: How many times it is read; a fraction stands for that share of its records, evenly spread.
+    """
+
+    path: Path
+    kind: str
+    packing: str = ""
+    member: str | None = None
+    size: int = 0
+    begin: int = 0
+    end: int | None = None
+    aligned: bool = False
+    times: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """As messages name it."""
+        return f"{self.path}/{self.member}" if self.member else str(self.path)
+
+
+def sources_of(inputs: Sequence[Path], weights: Sequence[float] = ()) -> tuple[list[Source], list[str]]:
+    """What is read, in order, and the files of a folder or zip that are left out.
+
+    A folder or zip stands for its files of the most frequent known kind, by name.
+
+    Args:
+        inputs: Files and folders.
+        weights: For each of them how many times it is read; empty for once each.
 
     Raises:
         DataError: An input is missing, or of no known kind.
+        UsageError: A weight is none, or there are not as many as inputs.
     """
-    chosen: list[Path] = []
-    skipped: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-            kinds = Counter(file.suffix for file in inside if file.suffix in SUFFIXES)
-            if not kinds:
-                raise DataError(f"{path} holds no {', '.join(SUFFIXES)} file")
-            kind = max(SUFFIXES, key=lambda suffix: kinds[suffix])
-            chosen += [file for file in inside if file.suffix == kind]
-            skipped += [file for file in inside if file.suffix != kind]
-        elif not path.exists():
-            raise DataError(f"no such input: {path}")
-        elif path.suffix not in SUFFIXES:
-            raise DataError(f"{path} is of no known kind: {', '.join(SUFFIXES)}")
-        else:
-            chosen.append(path)
+    if weights and len(weights) != len(inputs):
+        raise UsageError(f"--input-weights names {len(weights)} numbers for {len(inputs)} inputs")
+    if odd := [weight for weight in weights if not 0 < weight < 1e6]:
+        raise UsageError(f"--input-weights {odd[0]:g}: give how many times an input is read, above 0")
+    chosen: list[Source] = []
+    skipped: list[str] = []
+    for path, times in zip(inputs, weights or [1.0] * len(inputs), strict=True):
+        found, left = _of_path(path)
+        chosen += [replace(source, times=times) for source in found]
+        skipped += left
     return chosen, skipped
 
 
-def records(file: Path, columns: Collection[str]) -> Iterator[Located]:
-    """(where it stands, record) pairs of one file.
+def _of_path(path: Path) -> tuple[list[Source], list[str]]:
+    if not path.exists():
+        raise DataError(f"no such input: {path}")
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        named, left = _main_kind(path, inside, zips=True)
+        parts = [_of_path(path / name) for name in named]
+        return [each for found, _ in parts for each in found], left + [each for _, more in parts for each in more]
+    if path.suffix == ".zip":
+        inside = sorted(name for name in members(path) if not PurePosixPath(name).name.startswith("."))
+        named, left = _main_kind(path, inside, zips=False)
+        share = path.stat().st_size // len(named)
+        return [_source(path, *kind_of(name), member=name, size=share) for name in named], left
+    kind, packing = kind_of(path.name)
+    if not kind:
+        raise DataError(f"{path} is of no known kind: {', '.join(KINDS)}, or one of them in {', '.join(PACKED)}, .zip")
+    return [_source(path, kind, packing, member=None, size=path.stat().st_size)], []
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """(kind, packing) of a file by its name; an empty kind if it is none."""
+    suffix, packing = os.path.splitext(name)[1].lower(), ""
+    if suffix in PACKED:
+        packing = suffix
+        suffix = os.path.splitext(name[: -len(packing)])[1].lower()
+    return (suffix, packing) if suffix in KINDS else ("", "")
+
+
+def _main_kind(path: Path, names: Sequence[str], *, zips: bool) -> tuple[list[str], list[str]]:
+    """The names of the most frequent kind, and the others as messages name them."""
+    kinds = {name: ".zip" if zips and name.endswith(".zip") else kind_of(name)[0] for name in names}
+    count = Counter(kind for kind in kinds.values() if kind)
+    if not count:
+        raise DataError(f"{path} holds no {', '.join(KINDS)} file")
+    main = max((*KINDS, ".zip"), key=lambda kind: count[kind])
+    left = [f"{path}/{name}" for name in names if kinds[name] != main]
+    return [name for name in names if kinds[name] == main], left
+
+
+def _source(path: Path, kind: str, packing: str, *, member: str | None, size: int) -> Source:
+    """Looks at the beginning: whether it is data at all, and whether JSON is one list or an object a line."""
+    source = Source(path, kind, packing, member, size)
+    with opened(path, member, packing) as stream:
+        head = stream.read(1 << 12)
+        check_head(source.name, head, text=kind == ".txt")
+        if kind not in (".json", ".jsonl"):
+            return source
+        while not head.removeprefix(b"\xef\xbb\xbf").strip() and (more := stream.read(1 << 20)):
+            head = more
+    return replace(source, kind="list" if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" else "lines")
+
+
+def part_of(sources: Sequence[Source], index: int, count: int) -> list[Source]:
+    """One of `count` parts of what is read; the parts, in order, are the whole.
+
+    Parts are cut by bytes: plain files of lines and tables anywhere, other files not, which belong to the part that
+    their beginning lies in; so does what is not read exactly once.
 
     Args:
-        file: One of the known kinds.
-        columns: What will be asked of a record. Only parquet saves the reading of others.
-
-    Raises:
-        DataError: The file or a record is broken; file and line are named.
+        sources: The whole.
+        index: Of the part, from 0.
+        count: Of parts.
     """
-    try:
-        if file.suffix == ".parquet":
-            yield from _parquet(file, columns)
-        else:
-            readers = {".jsonl": _json, ".json": _json, ".csv": _csv, ".txt": _txt}
-            yield from readers[file.suffix](file)
-    except UnicodeDecodeError as error:
-        found = f"{error.reason} ({error.object[error.start : error.start + 4]!r})"
-        raise DataError(f"{file}, line {_broken_line(file)} is not UTF-8: {found}") from None
+    total = sum(max(source.size, 1) for source in sources)
+    low, high = (total * index) // count, (total * (index + 1)) // count
+    parts: list[Source] = []
+    at = 0
+    for source in sources:
+        size = max(source.size, 1)
+        begin, end = max(low, at), min(high, at + size)
+        if not _divisible(source):
+            parts += [source] if low <= at < high else []
+        elif begin < end:
+            parts.append(_cut(source, begin - at, end - at, size))
+        at += size
+    return parts
 
 
-def _broken_line(file: Path) -> int:
-    """The number of the first line that is not UTF-8."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    raise AssertionError("only for a file that is not UTF-8")
+def _divisible(source: Source) -> bool:
+    plain = not source.packing and source.member is None and source.times == 1
+    return plain and source.kind in ("lines", ".txt", *TABLES)
 
 
-def _parquet(file: Path, columns: Collection[str]) -> Iterator[Located]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _cut(source: Source, begin: int, end: int, size: int) -> Source:
+    if source.kind not in TABLES:
+        return replace(source, begin=begin, end=end, size=end - begin)
+    from data_prep.tables import count_rows
 
-    try:
-        opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK)  # memory stays flat in the row groups' size
-        there = opened.schema_arrow.names
-        if absent := [name for name in columns if name not in there and name != "input"]:
-            raise no_column(str(file), absent[0], there)
-        wanted = [name for name in there if name in columns]
-        number = 0
-        for batch in opened.iter_batches(batch_size=1024, columns=wanted, use_threads=False):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", row
-    except pa.ArrowException as error:
-        raise DataError(f"{file} is no parquet file: {str(error).splitlines()[0]}") from None
+    rows = count_rows(source)
+    return replace(source, begin=rows * begin // size, end=rows * end // size, size=end - begin)
 
 
-def no_column(where: str, name: str, there: Collection[str]) -> DataError:
-    """The error that a column is missing."""
-    return DataError(f"{where} has no column {name!r}: it has {', '.join(map(str, there)) or 'none'}")
-
-
-def _json(file: Path) -> Iterator[Located]:
-    """One list of objects, or one object a line: whichever the file begins with, as upstream reads either suffix."""
-    with file.open(encoding="utf-8-sig", newline="\n") as opened:
-        head = opened.read(_CHUNK)
-        while head.isspace() and (more := opened.read(_CHUNK)):
-            head = more
-        opened.seek(0)
-        yield from _list_items(file, opened) if head.lstrip().startswith("[") else _lines(file, opened)
-
-
-def _lines(file: Path, opened: TextIO) -> Iterator[Located]:
-    for number, line in enumerate(opened, 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{where} is not JSON: {error}") from None
-        yield where, _object(where, record)
-
-
-def _object(where: str, record: object) -> Record:
-    if not isinstance(record, dict):
-        raise DataError(f"{where} holds a {type(record).__name__}, not an object")
-    return record
-
-
-def _list_items(file: Path, opened: TextIO) -> Iterator[Located]:
-    """The objects of one JSON list, decoded one by one from a window of the file."""
-    window, number = _Window(file, opened), 0
-    window.take("[")
-    if window.peek() == "]":
-        window.take("]")
-    else:
-        while True:
-            number += 1
-            where = f"{file}, line {window.line}"
-            yield where, _object(where, window.value())
-            if window.peek() != ",":
-                break
-            window.take(",")
-        window.take("]")
-    if window.peek():
-        raise DataError(f"{file}, line {window.line} is not JSON: something follows the list")
-
-
-class _Window:
-    """A moving part of a JSON text: as much as the next value needs."""
-
-    def __init__(self, file: Path, opened: TextIO) -> None:
-        self._file, self._opened = file, opened
-        self._text, self._at, self._decoder = "", 0, json.JSONDecoder()
-        self.line = 1
-
-    def peek(self) -> str:
-        """The next character that is no space; "" at the end."""
-        while True:
-            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
-                self._at += 1
-            self._advance(self._at)
-            if self._text:
-                return self._text[0]
-            if not self._read():
-                return ""
-
-    def take(self, wanted: str) -> None:
-        """Steps over one character."""
-        if (found := self.peek()) != wanted:
-            what = f"{found!r} where {wanted!r} was expected" if found else f"it ends before {wanted!r}"
-            raise DataError(f"{self._file}, line {self.line} is not JSON: {what}")
-        self._advance(1)
-
-    def value(self) -> object:
-        """The value that begins at the next character."""
-        self.peek()
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._text)
-            except (json.JSONDecodeError, RecursionError) as error:  # broken, or not all of it is here
-                if len(self._text) > _LARGEST_RECORD or not self._read(max(_CHUNK, len(self._text))):
-                    line = self.line + getattr(error, "lineno", 1) - 1
-                    raise DataError(f"{self._file}, line {line} is not JSON: {getattr(error, 'msg', error)}") from None
-                continue
-            self._advance(end)
-            return value
-
-    def _advance(self, end: int) -> None:
-        self.line += self._text.count("\n", 0, end)
-        self._text, self._at = self._text[end:], 0
-
-    def _read(self, size: int = _CHUNK) -> bool:
-        more = self._opened.read(size)
-        self._text += more
-        return bool(more)
-
-
-def _csv(file: Path) -> Iterator[Located]:
-    """Rows under a header. Cells are text as they stand: `NA` and `null` too, where upstream crashes."""
-    csv.field_size_limit(_LARGEST_RECORD)  # of the process: documents are longer than the module's 128 KiB
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.reader(lines, strict=True)
-        try:
-            header = next(rows, [])
-            if twice := [name for name, times in Counter(header).items() if times > 1]:
-                raise DataError(f"{file}: its header names the column {twice[0]!r} twice")
-            for row in rows:
-                where = f"{file}, line {rows.line_num}"
-                if len(row) != len(header) and row:
-                    raise DataError(f"{where} has {len(row)} cells, the header {len(header)}")
-                if row:
-                    yield where, dict(zip(header, row, strict=True))
-        except csv.Error as error:
-            raise DataError(f"{file}, line {rows.line_num} is not CSV: {error}") from None
-
-
-def _txt(file: Path) -> Iterator[Located]:
-    """One document a line. A lone CR ends a line too, as upstream reads it; form feed and U+2028 do not."""
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if text := line.rstrip("\n"):
-                yield f"{file}, line {number}", {"text": text}
+def passes(source: Source) -> Iterator[tuple[int, float]]:
+    """(number of the pass, share of the records) for each time a source is read."""
+    whole = int(source.times)
+    yield from ((number, 1.0) for number in range(whole))
+    if source.times > whole:
+        yield whole, source.times - whole

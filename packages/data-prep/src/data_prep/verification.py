@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.handlers import IGNORED
-from data_prep.indexed_dataset import IndexedDataset, find_prefixes, sha256_of
+from data_prep.indexed_dataset import IndexedDataset, find_prefixes
+from data_prep.indexed_writer import sha256_of
+from data_prep.instruction import IGNORED
 from data_prep.manifest import Manifest, read_manifest
 
 _PACKED = "_packed_input_ids_document"
@@ -62,16 +63,24 @@ def _against_manifest(data: IndexedDataset, manifest: Manifest) -> Iterator[str]
         if sha256_of(Path(f"{data.prefix}{suffix}")) != said:
             yield f"{name}{suffix}: its bytes are not those that the manifest names (sha256)"
     label = IGNORED if name.endswith("_packed_labels_document") else 0
-    for number, ids in enumerate(data):
-        if not (((ids >= 0) & (ids < manifest.vocab_size)) | (ids == label)).all():
+    for begin, end in data.pieces():
+        ids = data.span(begin, end)
+        wrong = np.flatnonzero(((ids < 0) | (ids >= manifest.vocab_size)) & (ids != label))
+        if len(wrong):
+            number = begin + _sequence_at(data.sequence_lengths[begin:end], wrong[0])
             yield f"{name}.bin: sequence {number} holds an id that is not in the vocabulary of {manifest.vocab_size}"
             return
 
 
+def _sequence_at(lengths: np.ndarray, token: int) -> int:
+    """Which of some sequences in a row a token lies in."""
+    return int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), token, side="right"))
+
+
 def _instruction(prefix: Path) -> Iterator[str]:
-    """Labels are the ids or carry no loss, the mask is all ones, and all three go together."""
+    """Labels are the ids or carry no loss, the mask is ones (or numbers the documents of packs), all go together."""
     try:
-        ids = IndexedDataset(prefix)
+        ids, manifest = IndexedDataset(prefix), read_manifest(prefix)
     except DataError:  # `_pair` has said it
         return
     stem = str(prefix).removesuffix(_PACKED)
@@ -84,15 +93,32 @@ def _instruction(prefix: Path) -> Iterator[str]:
         if not np.array_equal(ids.sequence_lengths, other.sequence_lengths):
             yield f"{other.prefix.name}: its sequences are not as long as those of the ids"
             continue
-        good = _is_mask if key == "attention_mask" else _are_labels
-        wrong = next((at for at in range(len(ids)) if not good(ids[at], other[at])), None)
+        wrong = _first_wrong(ids, other, packed=bool(manifest and manifest.options.get("pack_length")))
         if wrong is not None:
             yield f"{other.prefix.name}: sequence {wrong} does not go with the ids"
 
 
-def _is_mask(ids: np.ndarray, mask: np.ndarray) -> bool:
-    return bool((mask == 1).all())
+def _first_wrong(ids: IndexedDataset, other: IndexedDataset, *, packed: bool) -> int | None:
+    """The first sequence of labels or of a mask that does not go with the ids."""
+    is_mask = other.prefix.name.endswith("_packed_attention_mask_document")
+    for begin, end in ids.pieces():
+        own, theirs, lengths = ids.span(begin, end), other.span(begin, end), ids.sequence_lengths[begin:end]
+        if not is_mask:
+            bad = (theirs != own) & (theirs != IGNORED)
+        elif packed:
+            bad = _no_numbers(theirs, lengths)
+        else:
+            bad = theirs != 1
+        if bad.any():
+            return begin + _sequence_at(lengths, int(np.flatnonzero(bad)[0]))
+    return None
 
 
-def _are_labels(ids: np.ndarray, labels: np.ndarray) -> bool:
-    return bool(((labels == ids) | (labels == IGNORED)).all())
+def _no_numbers(mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[tokens] bool: where the mask of packs does not number their documents, from 1 on in each pack."""
+    step = np.diff(mask, prepend=0)
+    starts = (np.cumsum(lengths) - lengths)[lengths > 0]
+    step[starts] = mask[starts]
+    bad: np.ndarray = (step != 0) & (step != 1)
+    bad[starts] = mask[starts] != 1
+    return bad
