@@ -139,7 +139,7 @@ def test_a_full_disk_names_the_file(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_nothing(model, tmp_path, number, code):
     halting = (
         "import sys, time\n"

@@ -3,7 +3,8 @@
 The same file stands in ckpt-tools, data-prep and npu-kernels, which depend on nothing of each other; a test at the
 repository's root keeps the copies equal. llama-model, trainer and evaluator import ckpt-tools' copy.
 
-Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 ran but a check failed, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 ran but a check failed, 130 interrupted, 143 terminated, 129
+hung up.
 """
 
 import contextlib
@@ -63,13 +64,16 @@ def run(
 def unwinding_on_sigterm() -> Iterator[None]:
     """SIGTERM (docker stop, a scheduler, `timeout`) unwinds the stack, as Ctrl-C does, instead of ending it at once.
 
-    For commands that write: what is half written is deleted on the way out.
+    So does SIGHUP (a terminal that is closed), unless `nohup` has it ignored. For commands that write: what is half
+    written is deleted on the way out.
     """
-    before = signal.signal(signal.SIGTERM, _terminate)
+    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = [(number, signal.signal(number, _terminate)) for number in heeded]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
