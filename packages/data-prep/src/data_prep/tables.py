@@ -50,11 +50,14 @@ def count_rows(source: Source) -> int:
 
                 return int(pq.ParquetFile(file).metadata.num_rows)
             return sum(len(batch) for batch in _arrow(file))
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise _no_table(source, error) from None
 
 
-def _no_table(source: Source, error: Exception) -> DataError:
+def _no_table(source: Source, error: Exception) -> Exception:
+    """The words for a broken file; the disk's own errors, which have a number, stay what they are."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
     return DataError(f"{source.name} is no {source.kind[1:]} file: {str(error).splitlines()[0]}")
 
 
@@ -76,7 +79,7 @@ def table_batches(source: Source, columns: Collection[str], optional: Collection
                 at += len(table)
                 if source.end is not None and at >= source.end:
                     return
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise _no_table(source, error) from None
 
 
