@@ -15,7 +15,7 @@ from data_prep.committing import check_target, commit
 from data_prep.errors import DataError, UsageError
 from data_prep.indexed_dataset import IndexedDataset, find_prefixes
 from data_prep.indexed_writer import CODES, Block, IndexedWriter
-from data_prep.manifest import Manifest, read_manifest
+from data_prep.manifest import LISTED, Manifest, read_manifest
 
 _BLOCK = 1 << 20
 """Bounds of documents that are copied at a time."""
@@ -141,7 +141,7 @@ def _joined(parts: Sequence[Path]) -> Manifest | None:
         options=first.options if same else {},
         append_eod=all(manifest.append_eod for manifest in manifests),
         skipped=sum(manifest.skipped for manifest in manifests),
-        skipped_records=[line for manifest in manifests for line in manifest.skipped_records],
+        skipped_records=[line for manifest in manifests for line in manifest.skipped_records][:LISTED],
         shard=None,
     )
 
