@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep.committing import check_target, commit
 from data_prep.errors import DataError, UsageError
-from data_prep.indexed_dataset import IndexedDataset, find_prefixes
+from data_prep.indexed_dataset import IndexedDataset, find_prefixes, missing
 from data_prep.indexed_writer import CODES, Block, IndexedWriter
 from data_prep.manifest import LISTED, Manifest, read_manifest
 
@@ -84,7 +84,7 @@ def _keys(prefix: str | Path) -> dict[str, Path]:
     """Suffix of the output to full prefix, of each key of a data set."""
     found = find_prefixes(prefix)
     if not found:
-        raise DataError(f"no such data set: {prefix}.idx")
+        raise missing(Path(f"{prefix}.idx"))
     keys = {}
     for path in found:
         match = _KEY.search(path.name)
