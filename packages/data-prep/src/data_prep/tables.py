@@ -90,10 +90,18 @@ def _check_columns(source: Source, columns: Collection[str], there: Collection[s
 
 def _slices(file: str, first: int, table: pa.RecordBatch, read_bytes: int) -> Iterator[Batch]:
     """The rows in batches of about `BATCH_BYTES`."""
-    rows = max(1, min(batching.BATCH_ROWS, len(table) * batching.BATCH_BYTES // max(table.nbytes, 1)))
+    rows = max(1, min(batching.BATCH_ROWS, len(table) * batching.BATCH_BYTES // max(_size(table), 1)))
     for at in range(0, len(table), rows):
         part = table.slice(at, rows)
         yield TableBatch(file, first + at + 1, part, first + at + len(part), read_bytes)
+
+
+def _size(table: pa.RecordBatch) -> int:
+    """Bytes of a table; older versions of Arrow cannot tell those of every type."""
+    try:
+        return int(table.nbytes)
+    except pa.ArrowException:
+        return int(table.get_total_buffer_size())
 
 
 def _parquet(
