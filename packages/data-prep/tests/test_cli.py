@@ -204,10 +204,10 @@ def helpers_of(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
 
 
-def stopped(folder, home, workers, stop):
+def stopped(folder, home, workers, stop, program=AT_ONCE):
     """The exit code and stderr of a run that `stop` met at work, once all its processes have left stderr."""
     (home / "in.txt").write_text("the llama walks over the grassland\n" * 2_000_000, "utf-8")
-    command = [sys.executable, "-c", AT_ONCE, "run", "--input", "in.txt", "--tokenizer-name-or-path", str(folder)]
+    command = [sys.executable, "-c", program, "run", "--input", "in.txt", "--tokenizer-name-or-path", str(folder)]
     with subprocess.Popen(
         [*command, "--output-prefix", "out", "--workers", workers],
         cwd=home,
@@ -255,6 +255,28 @@ def test_a_worker_that_the_kernel_kills_is_one_line_and_leaves_nothing(folder, t
 
 def test_a_killed_run_leaves_no_worker(folder, tmp_path):
     assert stopped(folder, tmp_path, "2", lambda run: os.kill(run, signal.SIGKILL))[0] == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_run_killed_by_the_kernel_is_continued(folder, tmp_path, capsys, monkeypatch, workers):
+    journal = tmp_path / ".out_text_document.journal.json"
+
+    def kill_later(run):
+        while not journal.exists():
+            time.sleep(0.01)
+        os.kill(run, signal.SIGKILL)
+
+    often = "from data_prep import preparation; preparation.JOURNAL_S = 0.05; " + AT_ONCE
+    assert stopped(folder, tmp_path, workers, kill_later, often)[0] == -signal.SIGKILL
+    assert not list(tmp_path.glob("out*"))
+    monkeypatch.chdir(tmp_path)
+    command = ["run", "--input", "in.txt", "--tokenizer-name-or-path", folder, "--output-prefix"]
+    assert "2,000,000 documents" in said(capsys, *command, "out", "--resume")
+    assert "2,000,000 documents" in said(capsys, *command, "whole")
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+    for suffix in (".bin", ".idx", ".manifest.json"):
+        files = (tmp_path / f"{name}_text_document{suffix}" for name in ("out", "whole"))
+        assert len({file.read_bytes() for file in files}) == 1, suffix
 
 
 def test_help_loads_no_reader_and_no_encoder():

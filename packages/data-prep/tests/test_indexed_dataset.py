@@ -1,6 +1,7 @@
 """The bytes of `.bin` and `.idx`, against a second description of the format, and what a reader refuses."""
 
 import pickle
+import re
 import struct
 import tempfile
 from pathlib import Path
@@ -151,3 +152,32 @@ def test_what_a_killed_run_left_is_overwritten(tmp_path):
     (tmp_path / ".a.bin.part").write_bytes(bytes(1000))
     write(tmp_path / "a", [block([[[7]]])])
     assert (tmp_path / "a.bin").read_bytes() == struct.pack("<i", 7)
+
+
+def test_a_name_that_is_nearly_right_is_corrected(tmp_path):
+    write(tmp_path / "corpus_text_document", [block([[[1]]])])
+    words = f"no such data set: {tmp_path}/corpus_txt_document.idx; perhaps you meant {tmp_path}/corpus_text_document"
+    with pytest.raises(DataError, match=re.escape(words) + "$"):
+        IndexedDataset(tmp_path / "corpus_txt_document")
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint16"])
+def test_offsets_go_beyond_what_32_bits_hold(tmp_path, dtype):
+    """Of a sparse file, whose few real ids stand at its end."""
+    lengths = [2**31 - 1, 2**30, 3]
+    writer = IndexedWriter(tmp_path / "a", dtype)
+    writer.add(Block(np.empty(0, np.int32), np.array(lengths, np.int32), np.array([1, 2], np.int64)))
+    writer.finish()
+    for suffix in (".bin", ".idx"):
+        writer.put(suffix)
+    writer.discard()
+    size = np.dtype(dtype).itemsize
+    with (tmp_path / "a.bin").open("r+b") as file:
+        file.truncate(size * sum(lengths))
+        file.seek(size * sum(lengths[:2]))
+        file.write(np.array([7, 8, 9], dtype).tobytes())
+    data = IndexedDataset(tmp_path / "a")
+    assert data.offsets.tolist() == [0, size * lengths[0], size * sum(lengths[:2])]
+    assert data[2].tolist() == data.span(2, 3).tolist() == [7, 8, 9]
+    assert list(data.pieces(2**30)) == [(0, 1), (1, 2), (2, 3)]
+    assert data.document_indices.tolist() == [0, 1, 3]

@@ -164,3 +164,32 @@ def test_weights_must_be_numbers_of_times(tmp_path):
         sources_of([tmp_path / "a.txt"], [1, 2])
     with pytest.raises(UsageError, match="--input-weights -1"):
         sources_of([tmp_path / "a.txt"], [-1])
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".arrow", ".stream.arrow"])
+@pytest.mark.parametrize("where", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("change", ["cut", "zeros"])
+def test_a_broken_table_is_named_or_read(folder, tmp_path, kind, where, change):
+    """Some bytes matter to nobody; where they do, there is one line and no file."""
+    whole = content(kind)
+    at = int(len(whole) * where)
+    broken = whole[:at] if change == "cut" else whole[:at] + bytes(40) + whole[at + 40 :]
+    path = tmp_path / f"a{kind}"
+    path.write_bytes(broken)
+    said = None
+    try:
+        prepare([path], tmp_path / "out", tokenizer=folder)
+    except DataError as error:
+        said = str(error)
+    if said is None:
+        assert change == "zeros"
+    else:
+        assert str(path) in said
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_line_without_end_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.lines.LONGEST_LINE", 1 << 21)
+    (tmp_path / "a.txt").write_bytes(b"x\n" + b"y" * (5 << 20))
+    with pytest.raises(DataError, match=r"a\.txt, line 2 does not end within \d+ bytes"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=folder)

@@ -109,6 +109,18 @@ def test_merged_shards_are_the_bytes_of_one_run(folder, tmp_path, count):
     assert files_of(tmp_path, "two") == files_of(tmp_path, "one")
 
 
+def test_merged_shards_list_what_was_skipped(folder, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{\n' * 1500, "utf-8")
+    options = {"tokenizer": folder, "skip_bad_records": True}
+    prepare([tmp_path / "in.jsonl"], tmp_path / "one", **options)
+    for index in range(3):
+        prepare([tmp_path / "in.jsonl"], tmp_path / "cut", num_shards=3, shard_index=index, **options)
+    merge([tmp_path / "cut"], tmp_path / "two")
+    manifest = read_manifest(tmp_path / "two")
+    assert manifest == read_manifest(tmp_path / "one")
+    assert (manifest.skipped, len(manifest.skipped_records)) == (1500, 1000)
+
+
 def test_shards_that_do_not_belong_together_are_refused(folder, rows, tmp_path):
     options = {"tokenizer": folder, "handler_name": "GeneralInstructionHandler"}
     for index in range(2):

@@ -22,9 +22,11 @@ _SPACE, _NEWLINE = 32, 10
 _BPE = 2
 _LONGEST_KEY = 128
 """Bytes of a chunk that is kept: longer ones hardly come twice."""
-_CACHE_BYTES = 48 << 20
+_CACHE_BYTES = 24 << 20
 _ENTRY_BYTES = 220
 """What an entry of the cache takes in Python's memory, besides its key and its ids."""
+_AT_ONCE = 4096
+"""New chunks that the library gets at once: it hands back an array for each."""
 _LEARNT = 1 << 17
 """Bytes of text to be met before the share of new chunks says anything about it; and that are tried by themselves."""
 _GIVE_UP = 0.4
@@ -245,12 +247,14 @@ class ChunkEncoder:
 
     def _encode_chunks(self, chunks: list[bytes]) -> Iterator[bytes]:
         """A chunk's leading space is what the library puts before a text; before a newline it is one piece too many."""
-        rows = self._encode_rows([chunk.removeprefix(b" ").decode() for chunk in chunks])
-        for chunk, row in zip(chunks, rows, strict=True):
-            if chunk == b" ":
-                yield self._space
-            else:
-                yield (row[1:] if chunk[0] == _NEWLINE else row).tobytes()
+        for at in range(0, len(chunks), _AT_ONCE):
+            some = chunks[at : at + _AT_ONCE]
+            rows = self._encode_rows([chunk.removeprefix(b" ").decode() for chunk in some])
+            for chunk, row in zip(some, rows, strict=True):
+                if chunk == b" ":
+                    yield self._space
+                else:
+                    yield (row[1:] if chunk[0] == _NEWLINE else row).tobytes()
 
     def _keep(self, key: bytes, ids: bytes) -> None:
         """Bounds the cache by halves: when the young one is full it becomes the old one, whose entries are dropped."""

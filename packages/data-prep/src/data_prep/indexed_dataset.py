@@ -4,6 +4,7 @@ r"""Megatron's indexed dataset: `P.bin` holds token ids one after another, `P.id
 index; int32 lengths; int64 byte offsets; int64 document index (begins with 0; each value counts the sequences so far).
 """
 
+import difflib
 import glob
 import struct
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ class IndexedDataset:
         index, data = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
         for file in (index, data):
             if not file.is_file():
-                raise DataError(f"no such data set: {file}")
+                raise missing(file)
         self.dtype, count, documents = _read_header(index)
         raw = np.memmap(index, np.uint8, mode="r").view(np.ndarray)
         bounds = np.cumsum([HEADER.size, 4 * count, 8 * count, 8 * documents])
@@ -101,6 +102,13 @@ class IndexedDataset:
     def offsets(self) -> np.ndarray:
         """[sequences] int64: where each sequence begins in the `.bin`, in bytes."""
         return self._offsets
+
+
+def missing(file: Path) -> DataError:
+    """The error that a data set is not there, with the nearest name of those that are."""
+    names = sorted({each.name.removesuffix(".idx") for each in file.parent.glob("*.idx")})
+    near = difflib.get_close_matches(file.name.removesuffix(file.suffix), names, 1, cutoff=0.7)
+    return DataError(f"no such data set: {file}" + (f"; perhaps you meant {file.parent / near[0]}" if near else ""))
 
 
 def _read_header(index: Path) -> tuple[np.dtype[Any], int, int]:

@@ -21,7 +21,8 @@ class Journal:
         done_bytes: Read so far, for the progress bar.
         writers: `IndexedWriter.state` by output.
         packer: The open pack: `Packer`'s numbers.
-        bad: What was left out.
+        bad: The first of what was left out.
+        bad_count: How much was.
         records: Read so far.
     """
 
@@ -33,6 +34,7 @@ class Journal:
     writers: dict[str, dict[str, int]] = field(default_factory=dict)
     packer: dict[str, int] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
+    bad_count: int = 0
 
 
 def fingerprint(facts: Any) -> str:

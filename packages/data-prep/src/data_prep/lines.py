@@ -11,6 +11,8 @@ from data_prep.opening import Opened, opened
 from data_prep.rows import Record, Rows
 from data_prep.sources import Source
 
+LONGEST_LINE = 1 << 30
+"""Bytes beyond which a line is taken for a broken file rather than read on."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -87,7 +89,11 @@ def line_batches(source: Source) -> Iterator[Batch]:
             if rest.startswith(_BOM):
                 rest, at = rest[3:], 3
         while source.end is None or at < source.end:
-            content, rest = _whole_lines(stream, rest, None if source.end is None else source.end - at, source.kind)
+            limit = None if source.end is None else source.end - at
+            try:
+                content, rest = _whole_lines(stream, rest, limit, source.kind)
+            except _NoRecordError as error:
+                raise DataError(f"{source.name}, line {number} {error}") from None
             if not content:
                 return
             at += len(content)
@@ -107,6 +113,8 @@ def _whole_lines(stream: Opened, rest: bytes, limit: int | None, kind: str) -> t
         cut = have + _last_end(more, kind) if _last_end(more, kind) else cut
         blocks.append(more)
         have += len(more)
+        if not cut and have > LONGEST_LINE:
+            raise _NoRecordError(f"does not end within {have} bytes: this is no file of lines")
     content = b"".join(blocks)
     if limit is not None and have > limit:
         return _cut_behind(stream, content, limit)

@@ -10,6 +10,8 @@ from data_prep.errors import DataError
 from data_prep.indexed_dataset import find_prefix
 
 FORMAT_VERSION = 1
+LISTED = 1000
+"""Skipped records that a manifest names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

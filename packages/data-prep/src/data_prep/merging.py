@@ -13,9 +13,9 @@ import numpy as np
 
 from data_prep.committing import check_target, commit
 from data_prep.errors import DataError, UsageError
-from data_prep.indexed_dataset import IndexedDataset, find_prefixes
+from data_prep.indexed_dataset import IndexedDataset, find_prefixes, missing
 from data_prep.indexed_writer import CODES, Block, IndexedWriter
-from data_prep.manifest import Manifest, read_manifest
+from data_prep.manifest import LISTED, Manifest, read_manifest
 
 _BLOCK = 1 << 20
 """Bounds of documents that are copied at a time."""
@@ -84,7 +84,7 @@ def _keys(prefix: str | Path) -> dict[str, Path]:
     """Suffix of the output to full prefix, of each key of a data set."""
     found = find_prefixes(prefix)
     if not found:
-        raise DataError(f"no such data set: {prefix}.idx")
+        raise missing(Path(f"{prefix}.idx"))
     keys = {}
     for path in found:
         match = _KEY.search(path.name)
@@ -141,7 +141,7 @@ def _joined(parts: Sequence[Path]) -> Manifest | None:
         options=first.options if same else {},
         append_eod=all(manifest.append_eod for manifest in manifests),
         skipped=sum(manifest.skipped for manifest in manifests),
-        skipped_records=[line for manifest in manifests for line in manifest.skipped_records],
+        skipped_records=[line for manifest in manifests for line in manifest.skipped_records][:LISTED],
         shard=None,
     )
 

@@ -124,7 +124,7 @@ def results(tasks: Iterable[Task], recipe: Recipe, worker: Worker, workers: int)
                 free.do(job)
             else:
                 job.finish(_outcome(worker, task))
-            while pending and (pending[0].done.is_set() or len(pending) > 2 * _AHEAD * workers):
+            while pending and (pending[0].done.is_set() or len(pending) > _AHEAD * workers):
                 job = pending.popleft()
                 yield job.task, job.take()
         for job in pending:

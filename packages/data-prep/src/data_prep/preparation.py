@@ -14,7 +14,7 @@ from data_prep.errors import DataError, UsageError
 from data_prep.indexed_writer import IndexedWriter, sha256_of
 from data_prep.instruction import OUTPUTS
 from data_prep.journal import Journal, fingerprint, read_journal, remove_journal, write_journal
-from data_prep.manifest import Manifest
+from data_prep.manifest import LISTED, Manifest
 from data_prep.packing import Packer
 from data_prep.plan import Plan
 from data_prep.pool import results
@@ -25,8 +25,6 @@ from data_prep.sources import Source, part_of, passes, sources_of
 
 JOURNAL_S = 10.0
 """Between two notes of how far a run is: what a killed one does again is no more than that."""
-_LISTED = 1000
-"""Skipped records that a manifest names."""
 
 
 def prepare(
@@ -231,7 +229,9 @@ class _Run:
             before += source.size
 
     def _add(self, done: Done) -> None:
-        self._journal.bad += done.bad
+        journal = self._journal
+        journal.bad += done.bad[: LISTED - len(journal.bad)]
+        journal.bad_count += len(done.bad)
         for line in done.bad:
             _say(f"skipped: {line}")
         if not done.blocks:
@@ -260,14 +260,15 @@ class _Run:
                 self.writers[output].add(block)
         empty = [output for output, writer in self.writers.items() if not writer.documents]
         if empty and self.plan.num_shards == 1:
-            names = ", ".join(source.name for source in self._whole)
-            raise DataError(f"the input holds no document for {', '.join(empty)}: {names}")
+            names = [source.name for source in self._whole]
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise DataError(f"the input holds no document for {', '.join(empty)}: {listed}")
         for writer in self.writers.values():
             writer.finish()
         return self._manifests()
 
     def _manifests(self) -> list[Manifest]:
-        plan, tokenizer, bad = self.plan, self.worker.tokenizer, self._journal.bad
+        plan, tokenizer = self.plan, self.worker.tokenizer
         common: dict[str, Any] = {
             "data_prep_version": metadata.version("puna-data-prep"),
             "inputs": self._inputs(),
@@ -279,8 +280,8 @@ class _Run:
             "probe_sha256": tokenizer.probe_sha256,
             "dtype": plan.dtype,
             "options": plan.facts,
-            "skipped": len(bad),
-            "skipped_records": bad[:_LISTED],
+            "skipped": self._journal.bad_count,
+            "skipped_records": self._journal.bad,
             "shard": [plan.shard_index, plan.num_shards] if plan.num_shards > 1 else None,
         }
         return [
@@ -312,8 +313,8 @@ class _Run:
         _say(f"{progress.seconds:.1f} s: {progress.rates()}; {progress.cache()}")
         if note := disagreement(self.worker.tokenizer, self.plan.tokenizer):
             _say(f"note: {note}")
-        if self._journal.bad:
-            _say(f"{len(self._journal.bad):,} records were skipped")
+        if self._journal.bad_count:
+            _say(f"{self._journal.bad_count:,} records were skipped")
         if self._packer and self._packer.too_long:
             _say(f"{self._packer.too_long:,} documents are packs of their own: they are longer than a pack")
 

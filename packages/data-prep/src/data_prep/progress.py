@@ -37,7 +37,8 @@ class Progress:
 
     def at(self, done: int, documents: int, tokens: int) -> None:
         """Notes how far the run is: bytes read, documents and tokens written."""
-        self.bytes, self.documents, self.tokens = min(done, self._total), documents, tokens
+        self.bytes = max(self.bytes, min(done, self._total))
+        self.documents, self.tokens = documents, tokens
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"{documents / self.seconds:,.0f} doc/s, {tokens / self.seconds:,.0f} tok/s", False

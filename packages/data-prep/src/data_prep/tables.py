@@ -50,11 +50,14 @@ def count_rows(source: Source) -> int:
 
                 return int(pq.ParquetFile(file).metadata.num_rows)
             return sum(len(batch) for batch in _arrow(file))
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise _no_table(source, error) from None
 
 
-def _no_table(source: Source, error: Exception) -> DataError:
+def _no_table(source: Source, error: Exception) -> Exception:
+    """The words for a broken file; the disk's own errors, which have a number, stay what they are."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
     return DataError(f"{source.name} is no {source.kind[1:]} file: {str(error).splitlines()[0]}")
 
 
@@ -76,7 +79,7 @@ def table_batches(source: Source, columns: Collection[str], optional: Collection
                 at += len(table)
                 if source.end is not None and at >= source.end:
                     return
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise _no_table(source, error) from None
 
 
@@ -87,10 +90,18 @@ def _check_columns(source: Source, columns: Collection[str], there: Collection[s
 
 def _slices(file: str, first: int, table: pa.RecordBatch, read_bytes: int) -> Iterator[Batch]:
     """The rows in batches of about `BATCH_BYTES`."""
-    rows = max(1, min(batching.BATCH_ROWS, len(table) * batching.BATCH_BYTES // max(table.nbytes, 1)))
+    rows = max(1, min(batching.BATCH_ROWS, len(table) * batching.BATCH_BYTES // max(_size(table), 1)))
     for at in range(0, len(table), rows):
         part = table.slice(at, rows)
         yield TableBatch(file, first + at + 1, part, first + at + len(part), read_bytes)
+
+
+def _size(table: pa.RecordBatch) -> int:
+    """Bytes of a table; older versions of Arrow cannot tell those of every type."""
+    try:
+        return int(table.nbytes)
+    except pa.ArrowException:
+        return int(table.get_total_buffer_size())
 
 
 def _parquet(
