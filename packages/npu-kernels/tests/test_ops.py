@@ -265,6 +265,15 @@ def test_cross_entropy_is_pytorchs_and_zero_where_ignored(chunk, monkeypatch):
     torch.testing.assert_close(grad, exact, rtol=2**-7, atol=2**-9)
 
 
+def test_a_small_loss_of_large_logits_keeps_its_digits(backend):
+    if backend == "reference":
+        return
+    logits = torch.tensor([[1000.0, 990.0, 985.0, 0.0]])
+    exact = F.cross_entropy(logits.double(), torch.tensor([0]))
+    torch.testing.assert_close(cross_entropy(logits, torch.tensor([0]))[0].double(), exact, rtol=5e-3, atol=0)
+    assert abs(logits.logsumexp(-1)[0] - 1000 - exact) > 0.1 * exact, "the control: as a difference"
+
+
 MEASURE = """
 import resource, sys, torch
 from npu_kernels import cross_entropy

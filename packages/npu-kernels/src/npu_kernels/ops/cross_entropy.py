@@ -81,13 +81,12 @@ class _Chunked(torch.autograd.Function):
         wide = _wide(logits)
         ignored = labels == ignore_index
         index = labels.masked_fill(ignored, 0).unsqueeze(-1)  # [T, 1]
-        total = logits.new_empty(labels.shape, dtype=wide)
-        picked = logits.gather(-1, index).squeeze(-1).to(wide)
+        loss = logits.new_empty(labels.shape, dtype=wide)
         for rows in _chunks(logits):  # PyTorch's fused loss takes half of logsumexp's time
-            loss = F.cross_entropy(logits[rows].to(wide), index[rows, 0], reduction="none")
-            torch.add(loss, picked[rows], out=total[rows])
+            loss[rows] = F.cross_entropy(logits[rows].to(wide), index[rows, 0], reduction="none")
+        total = loss + logits.gather(-1, index).squeeze(-1)
         ctx.save_for_backward(logits, index, ignored, total)
-        return (total - picked).masked_fill_(ignored, 0.0)
+        return loss.masked_fill_(ignored, 0.0)
 
     @staticmethod
     @once_differentiable
