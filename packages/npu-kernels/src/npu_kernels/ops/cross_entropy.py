@@ -52,7 +52,12 @@ def _reference(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def _torch(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    flat: Tensor = _Chunked.apply(logits.flatten(0, -2), labels.flatten(), ignore_index)  # type: ignore[no-untyped-call]
+    rows, targets = logits.flatten(0, -2), labels.flatten()
+    flat: Tensor
+    if len(rows) <= _step(rows):  # one chunk
+        flat = F.cross_entropy(rows.to(_wide(rows)), targets, ignore_index=ignore_index, reduction="none")
+    else:
+        flat = _Chunked.apply(rows, targets, ignore_index)  # type: ignore[no-untyped-call]
     return flat.view(labels.shape)
 
 
@@ -66,10 +71,14 @@ def _wide(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
+def _step(logits: Tensor) -> int:
+    """Tokens of a chunk."""
+    return max(1, CHUNK_ELEMENTS.get(logits.device.type, OTHERWISE) // max(1, logits.shape[1]))
+
+
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    tokens, v = logits.shape
-    step = max(1, CHUNK_ELEMENTS.get(logits.device.type, OTHERWISE) // max(1, v))
-    return (slice(start, start + step) for start in range(0, tokens, step))
+    step = _step(logits)
+    return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
 class _Chunked(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from npu_kernels.dispatch import Op
 from npu_kernels.ops.ascend import check_dtype, npu
+from npu_kernels.ops.common import wants_grad
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -75,14 +76,14 @@ def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if x.device.type == "cuda":
+    if x.device.type == "cuda" or not wants_grad(x, weight):
         return F.rms_norm(x, weight.shape, weight, eps)
     y: Tensor = _Formula.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Formula(torch.autograd.Function):
-    """On a CPU two to four times as fast as F.rms_norm, which has no fused backward there.
+    """On a CPU two to four times as fast as training with F.rms_norm, which has no fused backward there.
 
     With r = 1 / rms(x), u = x r and t = dy weight, the gradients are dx = r (t - u mean(t u)) and dweight = sum(dy u).
     """
@@ -127,7 +128,7 @@ def _torch_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple
 
 def _ascend_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     check_dtype("add_rms_norm", x)
-    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
+    if wants_grad(x, residual, weight):
         total = x + residual  # the fused op has no backward
         return _ascend(total, weight, eps), total
     y, _, total = npu().npu_add_rms_norm(x, residual, weight, eps)
