@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from npu_kernels.dispatch import Op
 from npu_kernels.ops.ascend import check_dtype, npu
-from npu_kernels.ops.common import wants_grad
+from npu_kernels.ops.common import is_small, wants_grad
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -76,7 +76,7 @@ def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if x.device.type == "cuda" or not wants_grad(x, weight):
+    if x.device.type == "cuda" or (is_small(x) and not wants_grad(x, weight)):
         return F.rms_norm(x, weight.shape, weight, eps)
     y: Tensor = _Formula.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
@@ -92,9 +92,11 @@ class _Formula(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Keeps x, weight and r [..., 1]."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        wide_x = x.to(wide)  # once: ops on mixed types are slow
+        r = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return torch.mul(x, r).mul_(weight).to(x.dtype)
+        y = wide_x * r if wide_x is x else wide_x.mul_(r)
+        return y.mul_(weight.to(wide)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
