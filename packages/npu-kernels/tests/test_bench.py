@@ -51,7 +51,7 @@ def test_the_share_of_the_peak_is_told_where_it_is_known(result, monkeypatch):
 
 def test_the_backward_reaches_every_input():
     (case,) = [case for case in bench_cases.cases(TINY, torch.float32, torch.device("cpu")) if case.op == "attention"]
-    grads = bench._run(dispatch.OPS["attention"].reference, case.inputs, True)()
+    grads = bench._run(dispatch.OPS["attention"].reference, case, True)()
     assert [grad.shape for grad in grads] == [x.shape for x in case.inputs[:3]]
     assert all(grad.abs().sum() > 0 for grad in grads[2:])
 

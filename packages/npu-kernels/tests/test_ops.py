@@ -16,6 +16,7 @@ from npu_kernels import (
     rotary_embedding,
     swiglu,
 )
+from npu_kernels.ops import common
 from npu_kernels.ops import cross_entropy as cross_entropy_module
 from npu_kernels.ops import rotary_embedding as rotary_module
 from torch.nn import functional as F
@@ -24,10 +25,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 B, S, N, G, D = 2, 7, 6, 2, 8
 
 
-@pytest.fixture(params=["reference", "torch"], autouse=True)
+@pytest.fixture(params=["reference", "torch", "torch, large"], autouse=True)
 def backend(request, monkeypatch):
-    """Runs each test with each backend."""
+    """Runs each test with each backend, and with the way that PyTorch's takes for large tensors."""
     monkeypatch.setenv(dispatch.VARIABLE, "reference" if request.param == "reference" else "")
+    if request.param == "torch, large":
+        monkeypatch.setattr(common, "SMALL", 0)
     dispatch.forget_choice()
     yield request.param
     monkeypatch.undo()
@@ -265,6 +268,15 @@ def test_cross_entropy_is_pytorchs_and_zero_where_ignored(chunk, monkeypatch):
     torch.testing.assert_close(grad, exact, rtol=2**-7, atol=2**-9)
 
 
+def test_a_small_loss_of_large_logits_keeps_its_digits(backend):
+    if backend == "reference":
+        return
+    logits = torch.tensor([[1000.0, 990.0, 985.0, 0.0]])
+    exact = F.cross_entropy(logits.double(), torch.tensor([0]))
+    torch.testing.assert_close(cross_entropy(logits, torch.tensor([0]))[0].double(), exact, rtol=5e-3, atol=0)
+    assert abs(logits.logsumexp(-1)[0] - 1000 - exact) > 0.1 * exact, "the control: as a difference"
+
+
 MEASURE = """
 import resource, sys, torch
 from npu_kernels import cross_entropy
@@ -283,7 +295,7 @@ print((peak() - before) / (logits.numel() * logits.element_size()))
 
 
 def test_cross_entropy_holds_little_more_than_the_gradient(backend):
-    if backend == "reference":
+    if backend != "torch":
         return
 
     def peak(name):  # in units of the logits, beside them

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from npu_kernels import dispatch, ops
 from npu_kernels.bench_cases import LLAMA_2, Case, cases
@@ -66,8 +65,8 @@ def _rows(case: Case, device: Device, dtype: torch.dtype, seconds: float) -> lis
     op = dispatch.OPS[case.op]
     best = "ascend" if device.type == "npu" else "torch"
     rows = []
-    for backward in (False, True) if case.trains else (False,):
-        runs = {name: _run(getattr(op, name), case.inputs, backward) for name in ("reference", best)}
+    for backward in (False, True) if case.leaves else (False,):
+        runs = {name: _run(getattr(op, name), case, backward) for name in ("reference", best)}
         times = _medians(runs, device, seconds)
         for name, took in times.items():
             row = {"op": case.op, "pass": "forward + backward" if backward else "forward", "backend": name}
@@ -84,22 +83,20 @@ def _rates(case: Case, backward: bool, took: float, device: Device, dtype: torch
     return {**shown, "of_peak": None if peak is None else rate / peak}
 
 
-def _run(function: Callable[..., Any], inputs: Sequence[Any], backward: bool) -> Callable[[], object]:
+def _run(function: Callable[..., Any], case: Case, backward: bool) -> Callable[[], object]:
     if not backward:
 
         def forward() -> object:
             with torch.no_grad():
-                return function(*inputs)
+                return function(*case.inputs)
 
         return forward
-    # The loss's logits, and whatever else has a gradient in training; never the rotary tables [s, 1, d].
-    is_leaf = [isinstance(x, Tensor) and x.is_floating_point() and x.shape[1:2] != (1,) for x in inputs]
-    moved = [x.detach().requires_grad_() if leaf else x for x, leaf in zip(inputs, is_leaf, strict=True)]
-    leaves = [x for x, leaf in zip(moved, is_leaf, strict=True) if leaf]
-    first = function(*moved)
+    leaves = [x.detach().requires_grad_() for x in case.inputs[: case.leaves]]
+    inputs = (*leaves, *case.inputs[case.leaves :])
+    first = function(*inputs)
     outputs = first if isinstance(first, tuple) else (first,)
     weights = [torch.ones_like(out) for out in outputs]
-    return lambda: torch.autograd.grad(function(*moved), leaves, weights if len(weights) > 1 else weights[0])
+    return lambda: torch.autograd.grad(function(*inputs), leaves, weights if len(weights) > 1 else weights[0])
 
 
 def _medians(runs: Mapping[str, Callable[[], object]], device: Device, seconds: float) -> dict[str, float]:

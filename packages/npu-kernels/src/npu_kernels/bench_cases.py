@@ -51,7 +51,8 @@ class Case:
     out_bytes: int
     flop: float | None = None
     """Of an op that is bound by computing; None: by memory."""
-    trains: bool = True
+    leaves: int
+    """How many of the inputs, from the first, have gradients in training; 0: the op has no backward there."""
 
     def work(self, backward: bool) -> float:
         """FLOP or bytes of a pass."""
@@ -69,10 +70,11 @@ def cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
     item = dtype.itemsize
     s, h, n, g, d = shape.s, shape.h, shape.n, shape.g, shape.d
     x = s * h * item
-    yield Case(op="rms_norm", inputs=(randn(s, h), randn(h), 1e-5), in_bytes=x, out_bytes=x)
+    yield Case(op="rms_norm", inputs=(randn(s, h), randn(h), 1e-5), leaves=2, in_bytes=x, out_bytes=x)
     yield Case(
         op="add_rms_norm",
         inputs=(randn(s, h), randn(s, h), randn(h), 1e-5),
+        leaves=3,
         in_bytes=2 * x,
         out_bytes=2 * x,
     )
@@ -81,14 +83,16 @@ def cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
     yield Case(
         op="rotary_embedding",
         inputs=(randn(1, s, n, d), randn(1, s, g, d), *tables),
+        leaves=2,
         in_bytes=heads,
         out_bytes=heads,
     )
     half = s * shape.f * item
-    yield Case(op="swiglu", inputs=(randn(s, 2 * shape.f),), in_bytes=2 * half, out_bytes=half)
+    yield Case(op="swiglu", inputs=(randn(s, 2 * shape.f),), leaves=1, in_bytes=2 * half, out_bytes=half)
     yield Case(
         op="attention",
         inputs=(randn(1, s, n, d), randn(1, s, g, d), randn(1, s, g, d), True, None, 1 / math.sqrt(d), None),
+        leaves=3,
         in_bytes=s * (n + 2 * g) * d * item,
         out_bytes=s * n * d * item,
         flop=2 * s * s * n * d,  # two products, half of each hidden
@@ -96,7 +100,8 @@ def cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
     yield _decoding(shape, randn, item)
     labels = torch.randint(0, shape.v, (s,)).to(device)
     logits = s * shape.v * item
-    yield Case(op="cross_entropy", inputs=(randn(s, shape.v), labels, -100), in_bytes=logits, out_bytes=4 * s)
+    loss = (randn(s, shape.v), labels, -100)
+    yield Case(op="cross_entropy", inputs=loss, leaves=1, in_bytes=logits, out_bytes=4 * s)
 
 
 def _decoding(shape: Shape, randn: Callable[..., Tensor], item: int) -> Case:
@@ -109,7 +114,7 @@ def _decoding(shape: Shape, randn: Callable[..., Tensor], item: int) -> Case:
     return Case(
         op="decode_attention",
         inputs=(q, *cache, at, lengths),
+        leaves=0,
         in_bytes=moved,
         out_bytes=rows * shape.n * d * item,
-        trains=False,
     )

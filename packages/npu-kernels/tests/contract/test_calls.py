@@ -238,6 +238,20 @@ def test_lengths_are_read_from_the_device_once():
     assert ascend.on_host(lengths) == (4, 8), "a change is noticed"
 
 
+def test_the_loss_of_a_chunk_at_a_time_takes_little_memory(monkeypatch):
+    logits, labels = randn(256, 512, dtype=torch.bfloat16).npu().requires_grad_(), torch.arange(256).npu()
+
+    def peak(chunk):  # in units of the logits, beside them
+        monkeypatch.setattr(cross_entropy_module, "OTHERWISE", chunk)
+        torch.npu.reset_peak_memory_stats()
+        before = torch.npu.memory_allocated()
+        torch.autograd.grad(cross_entropy(logits, labels).sum(), logits)
+        return (torch.npu.max_memory_allocated() - before) / (logits.numel() * 2)
+
+    assert peak(4096) < 1.5, "the gradient, and a chunk"
+    assert peak(2**20) > 4, "the control: all at once in fp32, with its log-softmax and gradient"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [2**20, 22])
 def test_cross_entropy(dtype, chunk, monkeypatch):

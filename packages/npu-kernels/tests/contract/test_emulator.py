@@ -7,7 +7,7 @@ from emulator import calls
 
 
 def test_an_op_without_a_kernel_fails_by_name():
-    with pytest.raises(RuntimeError, match=r"no host kernel for aclnnErf\['float32\[3\]'"):
+    with pytest.raises(RuntimeError, match=r"no host kernel for aclnnErf\(float32\[3\], float32\[3\]\)"):
         torch.erf(torch.ones(3).npu())
 
 
@@ -21,6 +21,14 @@ def test_a_kernel_declared_with_other_arguments_fails(monkeypatch):
     function, _ = calls._kernels["aclnnSwiGlu"]
     monkeypatch.setitem(calls._kernels, "aclnnSwiGlu", (function, [("x", "object"), ("out", "object")]))
     with pytest.raises(RuntimeError, match="declared with 2 integer and pointer arguments and called with 3"):
+        torch.ops.npu.npu_swiglu(torch.ones(2, 4).npu())
+
+
+def test_a_number_that_is_declared_as_an_object_fails(monkeypatch):
+    function, _ = calls._kernels["aclnnSwiGlu"]
+    parameters = [("x", "object"), ("dim", "object"), ("out", "object")]
+    monkeypatch.setitem(calls._kernels, "aclnnSwiGlu", (function, parameters))
+    with pytest.raises(RuntimeError, match="0xffffffffffffffff is no tensor, scalar, array or list"):
         torch.ops.npu.npu_swiglu(torch.ones(2, 4).npu())
 
 

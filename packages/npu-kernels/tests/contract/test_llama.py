@@ -8,7 +8,7 @@ from pathlib import Path
 import emulator
 import pytest
 import torch
-from npu_kernels import device, rotary_embedding
+from npu_kernels import device, require_fused, rotary_embedding
 
 llama_model = pytest.importorskip("llama_model", reason="llama-model is another package: `nox -s npu_contract` has it")
 LlamaConfig = pytest.importorskip("ckpt_tools").LlamaConfig
@@ -54,7 +54,15 @@ def train(place, *, steps=4, dtype=torch.float32, lr=1e-2, packed=False):
     return history
 
 
-def test_a_whole_llama_trains_on_an_npu_as_on_a_cpu():
+@pytest.fixture
+def only_fused():
+    """An op that fell back would raise."""
+    require_fused()
+    yield
+    require_fused(False)
+
+
+def test_a_whole_llama_trains_on_an_npu_as_on_a_cpu(only_fused):
     cpu = train("cpu")
     with emulator.recording() as calls:
         npu = train("npu")

@@ -59,7 +59,7 @@ def train(workspace, place, folder, *options):
     start = [ON_NPU, folder] if place == "npu" else ["import sys; from trainer.cli import main; sys.exit(main())"]
     paths = ["--data-path", workspace / "text", "--load-weights", workspace / "hf", "--output-dir", out]
     command = [sys.executable, "-W", "ignore", "-c", *start, "pretrain", *paths, *OPTIONS, *options]
-    env = os.environ | {AUTOLOAD: "0", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {AUTOLOAD: "0", "OMP_NUM_THREADS": "1", "PUNA_KERNELS": "require-fused"}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=TESTS, env=env,
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -23,17 +23,8 @@ static void *new_handle(void) {
   return (void *)(next += 16);
 }
 
-static int device_count(void) {
-  const char *text = getenv("EMULATED_NPU_COUNT");
-  return text ? atoi(text) : 1;
-}
-
-const char *aclrtGetSocName(void) {
-  const char *text = getenv("EMULATED_NPU_NAME");
-  return text ? text : "Ascend910B3";
-}
-
-aclError aclrtGetDeviceCount(uint32_t *count) { *count = device_count(); return 0; }
+const char *aclrtGetSocName(void) { return "Ascend910B3"; }
+aclError aclrtGetDeviceCount(uint32_t *count) { *count = 1; return 0; }
 aclError aclrtSetDevice(int32_t device) { current_device = device; return 0; }
 aclError aclrtGetDevice(int32_t *device) { *device = current_device; return 0; }
 aclError aclrtGetCurrentContext(void **context) { *context = (void *)(uintptr_t)(0x77 + current_device); return 0; }

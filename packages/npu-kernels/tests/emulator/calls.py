@@ -133,8 +133,8 @@ def attach(folder: Path, names: Sequence[str]) -> None:
 
 def _run(op: str, words: Sequence[int], floats: Sequence[float], find: Callable[[int], Any]) -> None:
     if op not in _kernels:
-        shown = [_decode("object", word, find) for word in words]
-        raise NotImplementedError(f"no host kernel for {op}{[_brief(value) for value in shown]} {list(floats)}")
+        shown = [_brief(_object(word, find)) if word == 0 or find(word) else str(word) for word in words]
+        raise NotImplementedError(f"no host kernel for {op}({', '.join(shown)}) and floats {list(floats)}")
     function, parameters = _kernels[op]
     count = sum(not kind.startswith("float") for _, kind in parameters)
     if count != len(words):
@@ -172,7 +172,7 @@ def _object(address: int, find: Callable[[int], Any]) -> Any:
         return None
     pointer = find(address)
     if not pointer:
-        return address  # a number where an object was declared: shown as it is
+        raise TypeError(f"{address:#x} is no tensor, scalar, array or list: it must be declared as a number or a text")
     it = pointer.contents
     items = it.items[: it.num_items] if it.num_items else []
     if it.kind == TENSOR:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from npu_kernels.ops.ascend import INFERENCE_DTYPES, causal_mask, check_dtype, npu
+from npu_kernels.ops.common import wants_grad
 
 FULL_MASK, RIGHT_DOWN_CAUSAL = 1, 3
 """Sparse modes: the mask as it is; the last query stands at the last key, whatever the lengths."""
@@ -76,9 +77,10 @@ def _fusion(q: Tensor, k: Tensor, v: Tensor, layout: str, *, scale: float, **arg
 
 def infers(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether nothing asks for a backward and the inference op takes these."""
-    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     n, d = q.shape[2:]
-    return not wants_grad and q.dtype in INFERENCE_DTYPES and d % 16 == 0 and d <= 512 and n // k.shape[2] <= 64
+    return (
+        not wants_grad(q, k, v) and q.dtype in INFERENCE_DTYPES and d % 16 == 0 and d <= 512 and n // k.shape[2] <= 64
+    )
 
 
 def inference(

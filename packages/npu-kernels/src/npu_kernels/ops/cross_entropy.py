@@ -52,7 +52,12 @@ def _reference(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def _torch(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    flat: Tensor = _Chunked.apply(logits.flatten(0, -2), labels.flatten(), ignore_index)  # type: ignore[no-untyped-call]
+    rows, targets = logits.flatten(0, -2), labels.flatten()
+    flat: Tensor
+    if len(rows) <= _step(rows):  # one chunk
+        flat = F.cross_entropy(rows.to(_wide(rows)), targets, ignore_index=ignore_index, reduction="none")
+    else:
+        flat = _Chunked.apply(rows, targets, ignore_index)  # type: ignore[no-untyped-call]
     return flat.view(labels.shape)
 
 
@@ -66,10 +71,14 @@ def _wide(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
+def _step(logits: Tensor) -> int:
+    """Tokens of a chunk."""
+    return max(1, CHUNK_ELEMENTS.get(logits.device.type, OTHERWISE) // max(1, logits.shape[1]))
+
+
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    tokens, v = logits.shape
-    step = max(1, CHUNK_ELEMENTS.get(logits.device.type, OTHERWISE) // max(1, v))
-    return (slice(start, start + step) for start in range(0, tokens, step))
+    step = _step(logits)
+    return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
 class _Chunked(torch.autograd.Function):
@@ -81,13 +90,12 @@ class _Chunked(torch.autograd.Function):
         wide = _wide(logits)
         ignored = labels == ignore_index
         index = labels.masked_fill(ignored, 0).unsqueeze(-1)  # [T, 1]
-        total = logits.new_empty(labels.shape, dtype=wide)
-        picked = logits.gather(-1, index).squeeze(-1).to(wide)
+        loss = logits.new_empty(labels.shape, dtype=wide)
         for rows in _chunks(logits):  # PyTorch's fused loss takes half of logsumexp's time
-            loss = F.cross_entropy(logits[rows].to(wide), index[rows, 0], reduction="none")
-            torch.add(loss, picked[rows], out=total[rows])
+            loss[rows] = F.cross_entropy(logits[rows].to(wide), index[rows, 0], reduction="none")
+        total = loss + logits.gather(-1, index).squeeze(-1)
         ctx.save_for_backward(logits, index, ignored, total)
-        return (total - picked).masked_fill_(ignored, 0.0)
+        return loss.masked_fill_(ignored, 0.0)
 
     @staticmethod
     @once_differentiable

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from npu_kernels.dispatch import Op
 from npu_kernels.ops.ascend import check_dtype, npu
+from npu_kernels.ops.common import is_small
 
 PIECE = 2**17
 """Numbers that are turned at a time on a CPU: 512 KiB in fp32."""
@@ -63,7 +64,16 @@ def _torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     half = q.shape[-1] // 2
     wide = torch.promote_types(q.dtype, cos.dtype)
     cos, sin = cos[..., :half].to(wide), sin[..., :half].to(wide)
+    if is_small(q):
+        return _turned(q, cos, sin), _turned(k, cos, sin)
     return _Turned.apply(q, cos, sin), _Turned.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(cos.dtype).chunk(2, -1)
+    lower = torch.addcmul(first * cos, second, sin, value=-1)
+    upper = torch.addcmul(second * cos, first, sin)
+    return torch.cat((lower, upper), -1).to(x.dtype)
 
 
 class _Turned(torch.autograd.Function):
