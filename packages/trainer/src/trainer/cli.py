@@ -89,8 +89,8 @@ def _check_before_start(options: TrainConfig, kind: str) -> None:
     from trainer.run import Run
 
     options.num_microbatches(options.nproc_per_node)
-    with open_checkpoint(options.load_weights):
-        pass
+    with open_checkpoint(options.load_weights) as checkpoint:
+        options.check_model(checkpoint.config)
     checkpoints.check_output(Run(options.output_dir), options.overwrite, (options.load_weights, options.data_path))
 
 

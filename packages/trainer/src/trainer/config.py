@@ -8,11 +8,14 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import tyro
 
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ckpt_tools import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +133,23 @@ class TrainConfig:
     def num_microbatches(self, world_size: int) -> int:
         """Micro-batches that each process accumulates into one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size(world_size))
+
+    def check_model(self, model: "LlamaConfig") -> None:
+        """Compares the options with the architecture of the weights.
+
+        Raises:
+            ConfigError: The samples are too long for it, or its heads do not divide.
+        """
+        if self.seq_length > model.max_position_embeddings:
+            raise ConfigError(
+                f"--seq-length {self.seq_length} is longer than the model's {model.max_position_embeddings} positions "
+                f"(max_position_embeddings of {self.load_weights})"
+            )
+        if model.num_query_groups % self.tensor_model_parallel_size:
+            raise ConfigError(
+                f"--tensor-model-parallel-size {self.tensor_model_parallel_size} does not divide the model's "
+                f"{model.num_query_groups} key/value heads"
+            )
 
 
 _AT_LEAST_ONE = (

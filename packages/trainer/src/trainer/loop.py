@@ -67,16 +67,7 @@ def _check_model(config: TrainConfig, checkpoint: Checkpoint, prefixes: list[Pat
         ConfigError: They do not fit each other or the options.
     """
     model = checkpoint.config
-    if config.seq_length > model.max_position_embeddings:
-        raise ConfigError(
-            f"--seq-length {config.seq_length} is longer than the model's {model.max_position_embeddings} positions "
-            f"(max_position_embeddings of {config.load_weights})"
-        )
-    if model.num_query_groups % config.tensor_model_parallel_size:
-        raise ConfigError(
-            f"--tensor-model-parallel-size {config.tensor_model_parallel_size} does not divide the model's "
-            f"{model.num_query_groups} key/value heads"
-        )
+    config.check_model(model)
     sha256 = Tokenizer.find(config.load_weights).vocab_sha256 if checkpoint.tokenizer_files else None
     found = [check_vocabulary(prefix, model.vocab_size, sha256) for prefix in prefixes]
     return list(dict.fromkeys(note for note in found if note))
