@@ -137,6 +137,8 @@ def test_fine_tuning_takes_the_loss_of_the_answers_only(workspace):
     assert column(run, "loss_tokens").tolist() == answered
     assert 0 < answered[0] < 8 * 200 / 3
     assert "warning" not in done.stderr
+    assert "kernels on cpu: " in done.stderr
+    assert "attention by F.scaled_dot_product_attention" in done.stderr
 
 
 def test_rows_that_are_too_long_are_counted(workspace):

@@ -44,6 +44,9 @@ class TrainConfig:
     make_vocab_size_divisible_by: int = 1
     """The vocabulary is padded to a multiple of this times the tensor-parallel size; pad rows never enter the loss."""
 
+    require_fused: bool = False
+    """Stops where an operation would not run as a fused kernel on an accelerator, instead of falling back."""
+
     train_iters: int
     """Optimizer steps."""
     seq_length: int

@@ -11,7 +11,7 @@ import torch
 from ckpt_tools import Checkpoint, open_checkpoint
 from data_prep import Tokenizer
 from llama_model import flops, parallel
-from npu_kernels import Device, device
+from npu_kernels import Device, backends, device, require_fused
 from tqdm import tqdm
 
 from trainer import checkpoints, metrics
@@ -101,6 +101,9 @@ class _Job:
         )
         for note in notes:
             self._say(f"warning: {note}")
+        require_fused(config.require_fused)
+        kernels = (f"{op} by {backend}" for op, backend in backends(on.type).items())
+        self._say(f"kernels on {on.type}: {', '.join(kernels)}")
 
     def run(self) -> Run:
         """Every step, every checkpoint."""
