@@ -143,7 +143,20 @@ def test_verify_checks_the_index(prepared, capsys):
     file.write_bytes(content)
     assert "does not begin where" in said(capsys, "verify", f"{prepared}_packed_input_ids_document", code=3)
     Path(f"{prepared}_packed_labels_document.idx").unlink()
-    assert "no such data set" in said(capsys, "verify", prepared, code=3)
+    assert "packed_labels_document is missing" in said(capsys, "verify", prepared, code=3)
+    Path(f"{prepared}_packed_input_ids_document.idx").unlink()
+    assert "packed_input_ids_document is missing" in said(capsys, "verify", prepared, code=3)
+
+
+def test_verify_says_what_it_could_not_check(prepared, capsys):
+    Path(f"{prepared}_packed_labels_document.manifest.json").unlink()
+    assert "packed_labels_document has no manifest" in said(capsys, "verify", prepared)
+
+
+def test_a_prefix_that_is_a_folder_is_refused(folder, corpus, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    options = ("--input", corpus, "--tokenizer-name-or-path", folder, "--output-prefix", f"{tmp_path}/data/")
+    assert "is a folder: end it with a name" in said(capsys, "run", *options, code=2)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +204,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):
 
     command = [SCRIPT, "run", "--input", "in.txt", "--tokenizer-name-or-path", str(folder), "--output-prefix", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=limit)
-    assert (done.returncode, done.stderr) == (1, "error: File too large\n")
+    assert (done.returncode, done.stderr) == (1, "error: File too large: out\n")
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 

@@ -47,6 +47,12 @@ def elements(kind, turns, system=""):
     return [element for element in out if element not in ("", "!")]
 
 
+def test_a_tag_is_a_text():
+    options = HandlerOptions(prompt_type="alpaca", map_keys={"tags": {"role_tag": ["x"]}})
+    with pytest.raises(UsageError, match="the tag 'role_tag' is"):
+        check_handler("SharegptStyleInstructionHandler", options)
+
+
 def handle(folder, name, records, kind, **options):
     handler = make_handler(name, Tokenizer(folder), HandlerOptions(prompt_type=kind, **options))
     blocks = handler(Rows("in", "line", range(1, len(records) + 1), records))

@@ -140,6 +140,14 @@ def test_shards_that_do_not_belong_together_are_refused(folder, rows, tmp_path):
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_shards_of_a_longer_name_are_another_data_sets(folder, corpus, tmp_path):
+    for name, count in (("a", 2), ("a-en", 3)):
+        for index in range(count):
+            prepare([corpus], tmp_path / name, tokenizer=folder, num_shards=count, shard_index=index)
+    whole = prepare([corpus], tmp_path / "whole", tokenizer=folder)
+    assert merge([tmp_path / "a"], tmp_path / "a")[0].bin_sha256 == whole.bin_sha256
+
+
 def test_data_sets_are_merged_in_their_order(folder, rows, tmp_path):
     options = {"tokenizer": folder, "handler_name": "GeneralInstructionHandler"}
     prepare([rows], tmp_path / "a", append_eod=True, **options)

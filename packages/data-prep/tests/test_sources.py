@@ -73,6 +73,9 @@ def test_a_folder_stands_for_its_most_frequent_kind(tmp_path):
     chosen, skipped = sources_of([tmp_path, tmp_path / "c.txt"])
     assert [source.path.name for source in chosen] == ["a.jsonl", "b.jsonl", "c.txt"]
     assert [Path(name).name for name in skipped] == ["c.txt", "d.md"]
+    (tmp_path / "train").mkdir()
+    assert f"{tmp_path}/train/" not in skipped
+    assert sources_of([tmp_path])[1][-1].endswith("train/")
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,11 @@ def test_a_folder_stands_for_its_most_frequent_kind(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n\n["a"]\n', r"line 3 holds a list, not an object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2 is not UTF-8"),
         ("a.jsonl", b"<!DOCTYPE html>\n<html>\n", r"a\.jsonl is an HTML page"),
+        ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\n", r"a\.jsonl\.gz is a Git LFS pointer"),
+        ("a.jsonl.zst", b"<!DOCTYPE html>\n<html>\n", r"a\.jsonl\.zst is an HTML page"),
+        ("a.jsonl", b'{"text": "a"}\n{"n": ' + b"9" * 5000 + b"}\n", r"a\.jsonl, line 2 is not JSON"),
+        ("a.json", b'[{"n": ' + b"9" * 5000 + b"}]", r"a\.json, line 1 is not JSON"),
+        ("a.json", b'[{"text": "a" "b"},' + b" " * 4_000_000, r"line 1 is not JSON: Expecting ',' delimiter"),
         ("a.json", b'[{"a": 1},\n{"a": 2}\n{"a": 3}]', r"a\.json, line 3 is not JSON: '\{' where '\]'"),
         ("a.json", b'[{"a": 1},\n{"a": }]', r"line 2 is not JSON"),
         ("a.json", b'[{"a": 1},\n', r"line 2 is not JSON"),

@@ -35,7 +35,7 @@ def run(
     *,
     input: list[Path],
     tokenizer_name_or_path: Path,
-    output_prefix: Path,
+    output_prefix: str,
     handler_name: str = "GeneralPretrainHandler",
     json_keys: list[str] = ["text"],  # noqa: B006  (the parser shows it; it is never changed)
     append_eod: bool = False,
@@ -128,7 +128,7 @@ def _pack_length(pack: bool, seq_length: int | None) -> int | None:
 def merge(
     prefix: Annotated[list[Path], tyro.conf.Positional],
     *,
-    output_prefix: Path,
+    output_prefix: str,
     overwrite: bool = False,
     json: bool = False,
 ) -> int:
@@ -145,7 +145,7 @@ def merge(
     from data_prep.merging import merge as merged
 
     with commandline.unwinding_on_sigterm():
-        manifests = merged(prefix, str(output_prefix), overwrite=overwrite)
+        manifests = merged(prefix, output_prefix, overwrite=overwrite)
     if json:
         print(jsonlib.dumps([asdict(manifest) for manifest in manifests]))
         return 0
@@ -180,7 +180,12 @@ def inspect(
         facts = inspection.describe(prefix)
         if plot:
             inspection.plot(facts, plot)
-        print(jsonlib.dumps(facts) if json else "\n\n".join(map(_figures, facts)))
+        if json:
+            print(jsonlib.dumps(facts))
+            return 0
+        drawn = [each["histogram"] for each in facts]
+        texts = [_figures(each, draw=drawn.index(each["histogram"]) == at) for at, each in enumerate(facts)]
+        print("\n\n".join(texts))
         return 0
     tokenizer = Tokenizer(tokenizer_name_or_path) if tokenizer_name_or_path else None
     found = inspection.document(prefix, document, tokenizer)
@@ -201,11 +206,18 @@ def verify(prefix: Prefix, *, json: bool = False) -> int:
     if json:
         print(jsonlib.dumps({"ok": not problems, "problems": problems}))
     else:
-        print("\n".join(problems) or f"{prefix} is whole")
+        print("\n".join(problems) or _whole(prefix, verification.unchecked(prefix)))
     return CHECK_FAILED if problems else 0
 
 
-def _figures(facts: dict[str, Any]) -> str:
+def _whole(prefix: Path, unchecked: Sequence[Path]) -> str:
+    if unchecked:
+        return f"{prefix}: sizes and offsets are right; {unchecked[0].name} has no manifest, to check ids and hashes by"
+    return f"{prefix} is whole"
+
+
+def _figures(facts: dict[str, Any], *, draw: bool) -> str:
+    """Of one key; its histogram only where no key before has the same."""
     from data_prep.inspection import histogram_lines
 
     manifest = facts.pop("manifest") or {"manifest": "none: the data is foreign, its vocabulary is not known"}
@@ -216,7 +228,8 @@ def _figures(facts: dict[str, Any]) -> str:
         rows["with loss"] = f"{with_loss} ({with_loss / max(facts['tokens'], 1):.1%})"
     rows |= {f"input {number}": f"{file['name']} ({file['bytes']:,} bytes)" for number, file in enumerate(files)}
     width = max(map(len, rows))
-    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows.items()), "", *histogram_lines(lengths)])
+    lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+    return "\n".join([*lines, "", *histogram_lines(lengths)] if draw else lines)
 
 
 def _document(found: dict[str, Any]) -> str:

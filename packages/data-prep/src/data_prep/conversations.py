@@ -103,6 +103,9 @@ def _check_tags(tags: Any, known: Mapping[str, str]) -> None:
     odd = [tag for tag in tags if tag not in known] if isinstance(tags, dict) else [tags]
     if odd:
         raise UsageError(f"--map-keys: tags has {odd[0]!r}, but knows {', '.join(known)}")
+    for tag, value in tags.items():
+        if not isinstance(value, str):
+            raise UsageError(f"--map-keys: the tag {tag!r} is {value!r}, not a text")
 
 
 def _said(messages: Any, who: str, what: str) -> list[tuple[str, str]] | str:

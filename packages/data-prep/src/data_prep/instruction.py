@@ -1,7 +1,7 @@
 """Instruction data in AscendSpeed's own form: one text around a record, labels for its last answer."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +50,7 @@ class MOSSInstructionHandler:
 
     columns: tuple[str, ...] = ("chat",)
     optional: tuple[str, ...] = ()
+    appends_eod: ClassVar[bool] = False
     outputs: tuple[str, ...] = OUTPUTS
 
     def __init__(self, tokenizer: Tokenizer, options: HandlerOptions) -> None:

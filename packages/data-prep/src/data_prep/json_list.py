@@ -7,6 +7,8 @@ from typing import TextIO
 from data_prep.errors import DataError
 
 _CHUNK = 1 << 20
+_FINAL = ("Expecting ',' delimiter", "Expecting ':' delimiter", "Invalid control character")
+"""Errors about a character that is there, and not about the end of the text."""
 _LARGEST_RECORD = 1 << 30
 """Characters of one record: beyond it, the file is taken for broken rather than read on."""
 
@@ -69,13 +71,20 @@ class _Window:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text)
-            except (json.JSONDecodeError, RecursionError) as error:  # broken, or not all of it is here
-                if len(self._text) > _LARGEST_RECORD or not self._read(max(_CHUNK, len(self._text))):
+            except (ValueError, RecursionError) as error:  # broken, or not all of it is here
+                broken = len(self._text) > _LARGEST_RECORD or self._is_final(error)
+                if broken or not self._read(max(_CHUNK, len(self._text))):
                     line = self.line + getattr(error, "lineno", 1) - 1
                     raise DataError(f"{self._file}, line {line} is not JSON: {getattr(error, 'msg', error)}") from None
                 continue
             self._advance(end)
             return value
+
+    def _is_final(self, error: Exception) -> bool:
+        """Whether more of the text would not mend it."""
+        if not isinstance(error, json.JSONDecodeError):
+            return True
+        return error.msg.startswith(_FINAL) and error.pos < len(self._text)
 
     def _advance(self, end: int) -> None:
         self.line += self._text.count("\n", 0, end)

@@ -62,7 +62,7 @@ class LineBatch:
             record = {"text": text} if self.kind == ".txt" else json.loads(text)
         except UnicodeDecodeError as error:
             raise _NoRecordError(f"is not UTF-8: {error.reason} ({line[error.start : error.start + 4]!r})") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits are no number to Python
             raise _NoRecordError(f"is not JSON: {error}") from None
         if not isinstance(record, dict):
             raise _NoRecordError(f"holds a {type(record).__name__}, not an object")

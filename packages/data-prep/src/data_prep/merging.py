@@ -19,7 +19,6 @@ from data_prep.manifest import LISTED, Manifest, read_manifest
 
 _BLOCK = 1 << 20
 """Bounds of documents that are copied at a time."""
-_SHARD = re.compile(r"-\d{5}-of-(\d{5})_.*_document\.idx$")
 _KEY = re.compile(r"_(packed_(input_ids|attention_mask|labels)|[^_]+)_document$")
 
 
@@ -71,9 +70,9 @@ def _with_shards(prefix: str | Path) -> list[str | Path]:
     path = Path(prefix)
     if find_prefixes(path):
         return [prefix]
-    found = [
-        match for file in path.parent.glob(f"{glob.escape(path.name)}-*.idx") if (match := _SHARD.search(file.name))
-    ]
+    shard = re.compile(rf"{re.escape(path.name)}-\d{{5}}-of-(\d{{5}})_.*_document\.idx")
+    files = path.parent.glob(f"{glob.escape(path.name)}-*.idx")
+    found = [match for file in files if (match := shard.fullmatch(file.name))]
     counts = sorted({int(match.group(1)) for match in found})
     if len(counts) > 1:
         raise DataError(f"{path} has shards of {counts[0]} and of {counts[1]}: name those that belong together")

@@ -126,6 +126,8 @@ def make(plan: Plan, *, workers: int, resume: bool, log_interval: int, overwrite
     check_target(prefixes, overwrite)
     prefixes[0].parent.mkdir(parents=True, exist_ok=True)
     run = _Run(plan, sources, worker, prefixes)
+    if plan.append_eod and not getattr(worker.handler, "appends_eod", True):
+        _say(f"note: {plan.handler_name} appends no </s>, as AscendSpeed's: --append-eod changes nothing")
     try:
         run.open(resume)
         run.work(workers, log_interval)
@@ -133,6 +135,10 @@ def make(plan: Plan, *, workers: int, resume: bool, log_interval: int, overwrite
         commit(list(run.writers.values()), manifests)
         run.summarize()
         return manifests[0]
+    except OSError as error:  # a full disk does not say which
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, plan.prefix) from None
     finally:
         run.discard()
 
@@ -187,7 +193,8 @@ class _Run:
 
     def work(self, workers: int, log_interval: int) -> None:
         """Reads, tokenizes and writes everything."""
-        self._progress = Progress(sum(source.size for source, _ in self._reads), log_interval, _say)
+        begun = (self._journal.done_bytes, *self._written())
+        self._progress = Progress(sum(source.size for source, _ in self._reads), log_interval, _say, begun)
         noted = time.monotonic()
         try:
             for (number, before), (task, done) in self._done(workers):
@@ -273,7 +280,7 @@ class _Run:
             "data_prep_version": metadata.version("puna-data-prep"),
             "inputs": self._inputs(),
             "handler": plan.handler_name,
-            "append_eod": plan.append_eod,
+            "append_eod": plan.append_eod and getattr(self.worker.handler, "appends_eod", True),
             "encoder": f"{tokenizer.encoder} {metadata.version(tokenizer.encoder)}",
             "vocab_size": tokenizer.vocab_size,
             "vocab_sha256": tokenizer.vocab_sha256,

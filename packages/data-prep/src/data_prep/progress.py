@@ -15,10 +15,14 @@ class Progress:
         total: Bytes to read.
         log_interval: Documents between two lines; 0 for none.
         say: Where lines go.
+        begun: Bytes read, documents and tokens written by a run that this one continues.
     """
 
-    def __init__(self, total: int, log_interval: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, total: int, log_interval: int, say: Callable[[str], None], begun: tuple[int, int, int] = (0, 0, 0)
+    ) -> None:
         self.counts = Counts()
+        self._begun = begun
         self.documents = self.tokens = self.bytes = 0
         self._total, self._interval, self._say = total, log_interval, say
         self._begin = time.monotonic()
@@ -40,24 +44,22 @@ class Progress:
         self.bytes = max(self.bytes, min(done, self._total))
         self.documents, self.tokens = documents, tokens
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"{documents / self.seconds:,.0f} doc/s, {tokens / self.seconds:,.0f} tok/s", False
-            )
+            self._bar.set_postfix_str(self.rates(), False)
             self._bar.update(self.bytes - self._bar.n)
         elif self._interval and documents >= self._next:
             self._next = documents - documents % self._interval + self._interval
             self._say(f"{documents:,} documents, {self.rates()}, {self._left()} left")
 
     def rates(self) -> str:
-        """Documents, megabytes and tokens a second."""
-        rate = 1 / self.seconds
-        return (
-            f"{self.documents * rate:,.0f} documents/s, {self.bytes * rate / 1e6:,.1f} MB/s, "
-            f"{self.tokens * rate:,.0f} tokens/s"
+        """Documents, megabytes and tokens a second, of this run's own."""
+        now = (self.bytes, self.documents, self.tokens)
+        size, documents, tokens = (
+            (total - before) / self.seconds for total, before in zip(now, self._begun, strict=True)
         )
+        return f"{documents:,.0f} documents/s, {size / 1e6:,.1f} MB/s, {tokens:,.0f} tokens/s"
 
     def _left(self) -> str:
-        seconds = round(self.seconds * (self._total - self.bytes) / max(self.bytes, 1))
+        seconds = round(self.seconds * (self._total - self.bytes) / max(self.bytes - self._begun[0], 1))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def cache(self) -> str:

@@ -51,7 +51,7 @@ class Source:
 
 
 def sources_of(inputs: Sequence[Path], weights: Sequence[float] = ()) -> tuple[list[Source], list[str]]:
-    """What is read, in order, and the files of a folder or zip that are left out.
+    """What is read, in order, and the files of a folder or zip, and the folders in a folder, that are left out.
 
     A folder or zip stands for its files of the most frequent known kind, by name.
 
@@ -81,7 +81,8 @@ def _of_path(path: Path) -> tuple[list[Source], list[str]]:
         raise DataError(f"no such input: {path}")
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        named, left = _main_kind(path, inside, zips=True)
+        folders = sorted(f"{each}/" for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+        named, left = _main_kind(path, inside, zips=True, folders=folders)
         parts = [_of_path(path / name) for name in named]
         return [each for found, _ in parts for each in found], left + [each for _, more in parts for each in more]
     if path.suffix == ".zip":
@@ -104,20 +105,26 @@ def kind_of(name: str) -> tuple[str, str]:
     return (suffix, packing) if suffix in KINDS else ("", "")
 
 
-def _main_kind(path: Path, names: Sequence[str], *, zips: bool) -> tuple[list[str], list[str]]:
+def _main_kind(
+    path: Path, names: Sequence[str], *, zips: bool, folders: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
     """The names of the most frequent kind, and the others as messages name them."""
     kinds = {name: ".zip" if zips and name.endswith(".zip") else kind_of(name)[0] for name in names}
     count = Counter(kind for kind in kinds.values() if kind)
     if not count:
-        raise DataError(f"{path} holds no {', '.join(KINDS)} file")
+        hint = f": give the folder inside of it, {folders[0]}" if folders else ""
+        raise DataError(f"{path} holds no {', '.join(KINDS)} file{hint}")
     main = max((*KINDS, ".zip"), key=lambda kind: count[kind])
     left = [f"{path}/{name}" for name in names if kinds[name] != main]
-    return [name for name in names if kinds[name] == main], left
+    return [name for name in names if kinds[name] == main], [*left, *folders]
 
 
 def _source(path: Path, kind: str, packing: str, *, member: str | None, size: int) -> Source:
     """Looks at the beginning: whether it is data at all, and whether JSON is one list or an object a line."""
     source = Source(path, kind, packing, member, size)
+    if packing:
+        with path.open("rb") as raw:
+            check_head(source.name, raw.read(200))
     with opened(path, member, packing) as stream:
         head = stream.read(1 << 12)
         check_head(source.name, head, text=kind == ".txt")

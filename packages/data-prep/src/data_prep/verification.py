@@ -1,6 +1,6 @@
 """Whether a data set is what its index and its manifest say: sizes, offsets, ids, hashes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +8,10 @@ import numpy as np
 from data_prep.errors import DataError
 from data_prep.indexed_dataset import IndexedDataset, find_prefixes
 from data_prep.indexed_writer import sha256_of
-from data_prep.instruction import IGNORED
+from data_prep.instruction import IGNORED, OUTPUTS
 from data_prep.manifest import Manifest, read_manifest
 
-_PACKED = "_packed_input_ids_document"
+_PACKED, _MARK = "_packed_input_ids_document", "_packed_"
 
 
 def verify(prefix: str | Path) -> list[str]:
@@ -25,8 +25,24 @@ def verify(prefix: str | Path) -> list[str]:
     """
     prefixes = find_prefixes(prefix) or [Path(prefix)]
     problems = [problem for path in prefixes for problem in _pair(path)]
+    if prefixes != [Path(prefix)]:  # of `P` all keys were asked for
+        problems += _lost(prefixes)
     packed = [path for path in prefixes if path.name.endswith(_PACKED)]
     return problems + [problem for path in packed for problem in _instruction(path)]
+
+
+def unchecked(prefix: str | Path) -> list[Path]:
+    """The pairs of files without a manifest, which alone says which ids and hashes are right."""
+    prefixes = find_prefixes(prefix) or [Path(prefix)]
+    return [path for path in prefixes if read_manifest(path) is None]
+
+
+def _lost(prefixes: Sequence[Path]) -> Iterator[str]:
+    """The keys of instruction data that are missing beside others."""
+    names = {path.name for path in prefixes}
+    stems = sorted({name.partition(_MARK)[0] for name in names if _MARK in name})
+    wanted = (f"{stem}{output}" for stem in stems for output in OUTPUTS)
+    yield from (f"{name} is missing" for name in wanted if name not in names)
 
 
 def _pair(prefix: Path) -> Iterator[str]:
@@ -87,8 +103,7 @@ def _instruction(prefix: Path) -> Iterator[str]:
     for key in ("labels", "attention_mask"):
         try:
             other = IndexedDataset(f"{stem}_packed_{key}_document")
-        except DataError as error:
-            yield str(error)
+        except DataError:  # `_pair` or `_lost` has said it
             continue
         if not np.array_equal(ids.sequence_lengths, other.sequence_lengths):
             yield f"{other.prefix.name}: its sequences are not as long as those of the ids"
