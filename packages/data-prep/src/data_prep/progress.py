@@ -44,19 +44,22 @@ class Progress:
         self.bytes = max(self.bytes, min(done, self._total))
         self.documents, self.tokens = documents, tokens
         if self._bar is not None:
-            self._bar.set_postfix_str(self.rates(), False)
+            _, document_rate, token_rate = self._rates()
+            self._bar.set_postfix_str(f"{document_rate:,.0f} doc/s, {token_rate:,.0f} tok/s", False)
             self._bar.update(self.bytes - self._bar.n)
         elif self._interval and documents >= self._next:
             self._next = documents - documents % self._interval + self._interval
             self._say(f"{documents:,} documents, {self.rates()}, {self._left()} left")
 
     def rates(self) -> str:
-        """Documents, megabytes and tokens a second, of this run's own."""
-        now = (self.bytes, self.documents, self.tokens)
-        size, documents, tokens = (
-            (total - before) / self.seconds for total, before in zip(now, self._begun, strict=True)
-        )
+        """Documents, megabytes and tokens a second."""
+        size, documents, tokens = self._rates()
         return f"{documents:,.0f} documents/s, {size / 1e6:,.1f} MB/s, {tokens:,.0f} tokens/s"
+
+    def _rates(self) -> tuple[float, ...]:
+        """Bytes, documents and tokens a second, of this run's own."""
+        now = (self.bytes, self.documents, self.tokens)
+        return tuple((total - before) / self.seconds for total, before in zip(now, self._begun, strict=True))
 
     def _left(self) -> str:
         seconds = round(self.seconds * (self._total - self.bytes) / max(self.bytes - self._begun[0], 1))
