@@ -1,5 +1,6 @@
 """Every op and backend against independent code, forward and backward."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 import torch
 from npu_kernels import (
+    KernelError,
     add_rms_norm,
     attention,
     cross_entropy,
@@ -370,15 +372,77 @@ REFUSED = {
     r"the caches are \[b, S, g, d\]": lambda: decode_attention(Q, K, K, torch.tensor([1])),
     "q has heads": lambda: decode_attention(Q[:, :1], K4, K4, torch.tensor([1])),
     "q and the caches are of one type": lambda: decode_attention(Q[:, :1].to(HALF), K, K, torch.tensor([1])),
-    "lengths has shape": lambda: decode_attention(Q[:, :1], K, K, torch.tensor([1, 2])),
+    "lengths is torch.int64": lambda: decode_attention(Q[:, :1], K, K, torch.tensor([1, 2])),
     r"1 lengths of 1 to 7.*here \[0\]": lambda: decode_attention(Q[:, :1], K, K, torch.tensor([0])),
     r"1 lengths of 1 to 7.*here \[8\]": lambda: decode_attention(Q[:, :1], K, K, torch.tensor([8])),
     r"1 lengths of 1 to 7.*here \[3, 3\]": lambda: decode_attention(
         Q[:, :1], K, K, torch.tensor([3]), host_lengths=[3, 3]
     ),
+    "host_lengths are": lambda: decode_attention(Q[:, :1], K, K, torch.tensor([3]), host_lengths=[4]),
+    "lengths is torch.float32": lambda: decode_attention(Q[:, :1], K, K, torch.ones(1)),
+    "the scale is nan": lambda: attention(Q, K, K, scale=math.nan),
+    "the scale is 0.0": lambda: attention(Q, K, K, scale=0.0),
+    "heads and their channels are one at least": lambda: attention(Q, K[:, :, :0], K[:, :, :0]),
+    "q is torch.int64": lambda: rotary_embedding(Q.long(), K.long(), *tables(torch.arange(S))),
+    "the logits are torch.int64": lambda: cross_entropy(Q.long(), torch.zeros(1, S, N, dtype=torch.int64)),
     "labels": lambda: cross_entropy(Q, torch.zeros(1, S, dtype=torch.int64)),
     "the labels are torch.int32": lambda: cross_entropy(Q, torch.zeros(1, S, N, dtype=torch.int32)),
 }
+
+
+def test_attention_takes_any_positive_scale():
+    q, k, v = randn(B, S, N, D), randn(B, S, G, D, seed=1), randn(B, S, G, D, seed=2)
+    repeated = (x.repeat_interleave(N // G, 2).transpose(1, 2) for x in (k, v))
+    theirs = F.scaled_dot_product_attention(q.transpose(1, 2), *repeated, is_causal=True, scale=0.7).transpose(1, 2)
+    assert_same(attention(q, k, v, scale=0.7), theirs, (q, k, v))
+    assert not torch.allclose(attention(q, k, v), theirs, atol=1e-3), "the control"
+
+
+def test_cross_entropy_ignores_whatever_label_it_is_told():
+    logits, labels = randn(5, 11), torch.tensor([0, 3, 7, 3, 10])
+    theirs = F.cross_entropy(logits, labels, ignore_index=3, reduction="none")
+    assert_same(cross_entropy(logits, labels, 3), theirs, (logits,))
+
+
+def test_bounds_and_lengths_are_read_as_they_are():
+    """Changed through numpy's view of the same memory, or in a copy of a tensor that was read before."""
+    q, k, v = randn(1, S, N, D).detach(), randn(1, S, G, D, seed=1).detach(), randn(1, S, G, D, seed=2).detach()
+    bounds = torch.tensor([0, 3, S], dtype=torch.int32)
+    attention(q, k, v, cu_seqlens=bounds)
+    expected = attention(q, k, v, cu_seqlens=torch.tensor([0, 5, S], dtype=torch.int32))
+    bounds.numpy()[1] = 5
+    assert torch.equal(attention(q, k, v, cu_seqlens=bounds), expected)
+    assert torch.equal(attention(q, k, v, cu_seqlens=copy.deepcopy(bounds)), expected)
+    lengths = torch.tensor([2])
+    decode_attention(q[:, :1], k, v, lengths)
+    lengths.numpy()[0] = S
+    assert torch.equal(decode_attention(q[:, :1], k, v, lengths), decode_attention(q[:, :1], k, v, torch.tensor([S])))
+
+
+def test_a_second_derivative_is_right_or_refused(backend, monkeypatch):
+    """Never silently without a part of it."""
+    monkeypatch.setattr(cross_entropy_module, "CHUNK_ELEMENTS", {"cpu": D})
+    ops = [
+        (lambda x: rms_norm(x, torch.ones(D), 1e-5), randn(3, D)),
+        (swiglu, randn(3, 2 * D)),
+        (lambda x: cross_entropy(x, torch.tensor([1, 2, 3])), randn(3, D)),
+    ]
+    for op, x in ops:
+        if backend == "reference":
+            (grad,) = torch.autograd.grad(op(x).sum(), x, create_graph=True)
+            assert torch.autograd.grad(grad.pow(2).sum(), x)[0].abs().max() > 0
+        elif backend == "torch, large":
+            with pytest.raises(KernelError, match="no second derivative"):
+                torch.autograd.grad(op(x).sum(), x, create_graph=True)
+
+
+def test_nothing_in_nothing_out():
+    none = torch.empty(1, 0, N, D)
+    assert attention(none, none, none, cu_seqlens=torch.tensor([0, 0], dtype=torch.int32)).shape == none.shape
+    rows = torch.empty(0, 1, N, D)
+    assert decode_attention(rows, rows, rows, torch.empty(0, dtype=torch.int64)).shape == rows.shape
+    single = torch.tensor([0.5, 1.5])
+    torch.testing.assert_close(cross_entropy(single, torch.tensor(1)), F.cross_entropy(single, torch.tensor(1)))
 
 
 @pytest.mark.parametrize("message", REFUSED)

@@ -1,6 +1,7 @@
 """Times each op, each backend that a device has, forward and with its backward: `npu-kernels bench`."""
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,10 @@ def measure(
         KernelError: No such model or type.
     """
     _check(dtype, DTYPES)
+    if not models:
+        raise KernelError(f"no model is named: give some of {', '.join(LLAMA_2)}")
+    if not 0 <= seconds < math.inf:
+        raise KernelError(f"--seconds {seconds}: give a number, 0 or more")
     for model in models:
         _check(model, LLAMA_2)
     ops.load_all()

@@ -1,5 +1,6 @@
 """Every op on the emulated NPU through the real torch_npu: numbers, gradients, and what reaches CANN."""
 
+import copy
 import math
 
 import pytest
@@ -119,6 +120,15 @@ def test_fewer_queries_than_keys_stand_at_the_end():
     assert not same(wrong[:1], reference(attention, heads(S, T))[:1]), "the control: mode 2's corner"
 
 
+def test_two_tokens_are_causal_too():
+    for with_grads in (True, False):
+        kind = TRAINS if with_grads else INFERS
+        inputs = heads(2, 2, dtype=torch.bfloat16)
+        calls = calls_of(attention, inputs, bound=3 * 2**-8, with_grads=with_grads)
+        assert torch.equal(calls[kind]["atten_mask"], TRIANGLE)
+        assert calls[kind]["sparse_mode"] == 3
+
+
 def test_attention_to_everything_carries_no_mask():
     calls = calls_of(lambda q, k, v: attention(q, k, v, causal=False, scale=0.3), heads(S, T))
     assert calls[TRAINS]["atten_mask"] is None
@@ -225,15 +235,16 @@ def test_decoding_in_fp32_is_the_training_op_with_a_mask():
 def test_decoding_does_not_read_lengths_that_the_host_knows():
     lengths = torch.tensor([3, 7]).npu()
     decode_attention(*(x.npu() for x in heads(1, T)), lengths, host_lengths=[3, 7])
-    assert "_npu_kernels_values" not in vars(lengths)
+    assert lengths not in ascend._READ
 
 
 def test_lengths_are_read_from_the_device_once():
     lengths = torch.tensor([3, 7]).npu()
     assert ascend.on_host(lengths) == (3, 7)
-    known = vars(lengths)["_npu_kernels_values"]
+    known = ascend._READ[lengths]
     assert ascend.on_host(lengths) == (3, 7)
-    assert vars(lengths)["_npu_kernels_values"] is known
+    assert ascend._READ[lengths] is known
+    assert copy.deepcopy(lengths) not in ascend._READ
     lengths += 1
     assert ascend.on_host(lengths) == (4, 8), "a change is noticed"
 

@@ -1,10 +1,12 @@
 """What the Ascend backends share: what CANN's fused ops take, and values that they want on the host."""
 
 import functools
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 TRAINING_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INFERENCE_DTYPES = (torch.float16, torch.bfloat16)
@@ -33,14 +35,18 @@ def causal_mask(device: torch.device) -> Tensor:
     return torch.ones(2048, 2048, dtype=torch.bool).triu(1).to(device)
 
 
+_READ: MutableMapping[Tensor, tuple[int, int, tuple[int, ...]]] = WeakIdKeyDictionary()
+"""Values that were read from an accelerator: tensor to (version, address, values). Copies of a tensor have none."""
+
+
 def on_host(x: Tensor) -> tuple[int, ...]:
     """The values of a short vector of integers. On an accelerator the first call waits for it; later ones, for the same
-    unchanged tensor, do not: the layers of a network ask for the same lengths one after another.
+    unchanged tensor, do not: the layers of a network ask for the same lengths one after another. Changes through
+    `.data` are not noticed there.
     """
-    if x.is_inference():  # such tensors do not tell when they are changed
+    if x.device.type == "cpu" or x.is_inference():  # inference tensors do not tell when they are changed
         return tuple(x.tolist())
-    known = vars(x).get("_npu_kernels_values")
-    if known is None or known[0] != x._version:
-        known = vars(x)["_npu_kernels_values"] = (x._version, tuple(x.tolist()))
-    values: tuple[int, ...] = known[1]
-    return values
+    known = _READ.get(x)
+    if known is None or known[:2] != (x._version, x.data_ptr()):
+        known = _READ[x] = (x._version, x.data_ptr(), tuple(x.tolist()))
+    return known[2]

@@ -51,7 +51,11 @@ def attention(
     _check(q, k, v, causal)
     _check_mask(q, k, mask)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if not 0 < scale < math.inf:  # so that not-a-number fails too
+        raise ValueError(f"the scale is {scale}: give a positive, finite number")
     bounds = None if cu_seqlens is None else _bounds(cu_seqlens, q, k, mask)
+    if bounds == [0]:
+        return torch.empty_like(q)
     return ATTENTION.on(q)(q, k, v, causal, mask, scale, bounds)
 
 
@@ -134,6 +138,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
         raise ValueError(f"q is [b, s, n, d], k and v are [b, t, g, d]; here {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v are of one type; here {q.dtype}, {k.dtype}, {v.dtype}")
+    if not (q.shape[3] and k.shape[2]):
+        raise ValueError(f"heads and their channels are one at least; here {shapes}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} key and value heads")
     if causal and q.shape[1] > k.shape[1]:

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from npu_kernels.dispatch import Op
 from npu_kernels.ops.ascend import check_dtype, npu
+from npu_kernels.ops.autograd import first_derivative_only
 
 CHUNK_ELEMENTS = {"cpu": 2**21}
 """Logits that are widened to fp32 at a time, by device: on a CPU 8 MiB in fp32, which stay in its caches."""
@@ -35,12 +35,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
         fp32 of the shape of `labels`. Units: nats.
 
     Raises:
-        ValueError: The shapes or types do not fit.
+        ValueError: The shapes or types do not fit. A label outside the vocabulary is PyTorch's to refuse.
     """
-    if logits.shape[:-1] != labels.shape:
+    if not logits.dim() or logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits are {list(logits.shape)}, labels {list(labels.shape)}")
+    if not logits.is_floating_point():
+        raise ValueError(f"the logits are {logits.dtype}: give floating point numbers")
     if labels.dtype != torch.int64:
         raise ValueError(f"the labels are {labels.dtype}: give int64")
+    if logits.dim() == 1:
+        return CROSS_ENTROPY.on(logits)(logits[None], labels[None], ignore_index)[0]
     return CROSS_ENTROPY.on(logits)(logits, labels, ignore_index)
 
 
@@ -98,7 +102,7 @@ class _Chunked(torch.autograd.Function):
         return loss.masked_fill_(ignored, 0.0)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
         """The gradient in the logits' type."""
         logits, index, ignored, total = ctx.saved_tensors
@@ -128,7 +132,7 @@ class _ChunkedOnAscend(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
         """The log-softmax is computed again, chunk by chunk."""
         logits, labels = ctx.saved_tensors

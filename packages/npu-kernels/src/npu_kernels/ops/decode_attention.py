@@ -1,6 +1,7 @@
 """Attention of one new token a row over a key-value cache, each row with a length of its own."""
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from npu_kernels.dispatch import Op
 from npu_kernels.ops import ascend_attention
 from npu_kernels.ops.ascend import INFERENCE_DTYPES, on_host
-from npu_kernels.ops.attention import attention
+from npu_kernels.ops.attention import ATTENTION
 
 Known = tuple[int, ...]
 """The rows' lengths on the host."""
@@ -26,9 +27,10 @@ def decode_attention(
         k_cache: [b, S, g, d], n a multiple of g; entries from `lengths[i]` on may hold any finite numbers. Give the
             whole cache: what no row has reached is not read anyway, and an NPU copies a slice.
         v_cache: [b, S, g, d].
-        lengths: Integers [b], 1 to S.
-        host_lengths: The same numbers where the caller has them. Otherwise they are read, for which a host waits on an
-            NPU, or, on CUDA, not read and not checked, and the whole cache is gone through.
+        lengths: int32 or int64 [b], 1 to S.
+        host_lengths: The same numbers where the caller has them; compared on a CPU, trusted elsewhere. Without them
+            they are read, for which a host waits on an NPU, or, on CUDA, not read and not checked, and the whole cache
+            is gone through.
 
     Returns:
         [b, 1, n, d], of the type of `q`.
@@ -37,22 +39,27 @@ def decode_attention(
         ValueError: The sizes, types or lengths do not fit.
     """
     _check(q, k_cache, v_cache, lengths)
-    known = tuple(host_lengths) if host_lengths is not None else _read(lengths)
+    known = tuple(map(operator.index, host_lengths)) if host_lengths is not None else _read(lengths)
     if known is not None:
         _check_lengths(known, q.shape[0], k_cache.shape[1])
+    if host_lengths is not None and lengths.device.type == "cpu" and known != on_host(lengths):
+        raise ValueError(f"host_lengths are {list(known or ())[:8]}, lengths {lengths.tolist()[:8]}")
+    if not q.shape[0]:
+        return torch.empty_like(q)
     return DECODE_ATTENTION.on(q)(q, k_cache, v_cache, lengths, known)
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> None:
-    if q.dim() != 4 or q.shape[1] != 1 or k_cache.shape != v_cache.shape or k_cache.shape[0] != q.shape[0]:
+    fits = q.dim() == k_cache.dim() == 4 and k_cache.shape == v_cache.shape and k_cache.shape[0] == q.shape[0]
+    if not fits or q.shape[1] != 1 or not (q.shape[3] and k_cache.shape[2]):
         shapes = f"q {list(q.shape)}, k {list(k_cache.shape)}, v {list(v_cache.shape)}"
         raise ValueError(f"q is [b, 1, n, d], the caches are [b, S, g, d]; here {shapes}")
     if q.shape[2] % k_cache.shape[2] or q.shape[3] != k_cache.shape[3]:
         raise ValueError(f"q has heads {list(q.shape[2:])}, the caches {list(k_cache.shape[2:])}")
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"q and the caches are of one type; here {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
-    if lengths.shape != q.shape[:1]:
-        raise ValueError(f"lengths has shape {list(lengths.shape)} for {q.shape[0]} rows")
+    if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths is {lengths.dtype} {list(lengths.shape)} for {q.shape[0]} rows: give int32 or int64")
 
 
 def _check_lengths(known: Known, rows: int, slots: int) -> None:
@@ -65,7 +72,8 @@ def _read(lengths: Tensor) -> Known | None:
 
 
 def _reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, known: Known | None) -> Tensor:
-    return attention(q, k_cache, v_cache, causal=False, mask=_filled(lengths, k_cache.shape[1]))
+    filled = _filled(lengths, k_cache.shape[1])
+    return ATTENTION.reference(q, k_cache, v_cache, False, filled, 1 / math.sqrt(q.shape[-1]), None)
 
 
 def _torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, known: Known | None) -> Tensor:

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from npu_kernels.dispatch import Op
 from npu_kernels.ops.ascend import check_dtype, npu
+from npu_kernels.ops.autograd import first_derivative_only
 from npu_kernels.ops.common import is_small, wants_grad
 
 
@@ -99,7 +99,7 @@ class _Formula(torch.autograd.Function):
         return y.mul_(weight.to(wide)).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         """In one buffer of x's size."""
         x, weight, r = ctx.saved_tensors

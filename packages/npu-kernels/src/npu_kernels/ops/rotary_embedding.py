@@ -26,7 +26,7 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
         q: [b, s, n, d], any strides.
         k: [b, s, g, d], any strides, of the type of `q`.
         cos: fp32, [s, d] or, with positions of its own for each row, [b, s, d]; its two halves are equal.
-        sin: Like `cos`.
+        sin: Like `cos`. The tables get no gradient.
 
     Returns:
         The turned `q` and `k`, of their shapes and types.
@@ -46,9 +46,11 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
             raise ValueError(f"{name} has shape {list(table.shape)}, q has {list(q.shape)}: give [s, d] or [b, s, d]")
     if q.shape[-1] % 2 or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"q has {q.shape[-1]} channels a head and k {k.shape[-1]}: they must be equal and even")
+    if not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype}: give floating point numbers")
     if k.dtype != q.dtype:
         raise ValueError(f"q is {q.dtype}, k is {k.dtype}: they must be of one type")
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [(b,) s, 1, d]
+    cos, sin = cos.detach().unsqueeze(-2), sin.detach().unsqueeze(-2)  # [(b,) s, 1, d]
     return ROTARY_EMBEDDING.on(q)(q, k, cos, sin)
 
 

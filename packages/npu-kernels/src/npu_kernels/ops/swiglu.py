@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from npu_kernels.dispatch import Op
 from npu_kernels.ops.ascend import check_dtype, npu
+from npu_kernels.ops.autograd import first_derivative_only
 from npu_kernels.ops.common import is_small
 
 
@@ -58,7 +58,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         """Written into the two halves of dx."""
         (x,) = ctx.saved_tensors
