@@ -26,6 +26,9 @@ ModelPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 ConfigPath = Annotated[Path | None, tyro.conf.arg(metavar="HF_DIR")]
 QkvOrder = Literal["megatron", "ascendspeed"] | None
 
+NOT_SPLIT_SO = ("num_layers_per_virtual_pipeline_stage", "num_layer_list")
+"""Fields that `inspect` leaves empty where there is no virtual, and no uneven, pipeline."""
+
 UNSPLIT, NO_CONVERT_FLAGS, NO_RESHARD_FLAGS = Layout(), ConvertFlags(), ReshardFlags()
 """Defaults of groups of options."""
 
@@ -157,7 +160,8 @@ def inspect(path: ModelPath, /, *, config: ConfigPath = None, tensors: bool = Fa
     found["dtype"] = found["dtype"] or "mixed"
     table = found.pop("tensors", [])
     for name, value in {**found, **architecture}.items():
-        print(f"{name:39}{'unknown' if value is None else f'{value:,}' if type(value) is int else value}")
+        missing = "none" if name in NOT_SPLIT_SO else "unknown"
+        print(f"{name:39}{missing if value is None else f'{value:,}' if type(value) is int else value}")
     for row in table:
         print(f"{row['file']}  {row['name']}  {row['shape']}  {row['dtype']}")
     return 0

@@ -10,7 +10,7 @@ from ckpt_tools.shard_rules import QKV, layer_name
 
 ORDERS: tuple[QkvOrder, ...] = ("megatron", "ascendspeed")
 DECIDED_BELOW = 0.25
-"""The right order's mean squared distance from the reference, as a share of the other's: none at all for a converted
+"""The right order's squared distance from the reference, as a share of the other's: none at all for a converted
 model, little for one that was trained on, as much for a stranger."""
 
 
@@ -38,12 +38,11 @@ def decide(candidates: Mapping[QkvOrder, Checkpoint], reference: Checkpoint) -> 
 
 
 def _distance(candidate: Checkpoint, reference: Checkpoint) -> float:
-    """Mean squared difference of the first layer's fused QKV, a query group at a time."""
-    name = layer_name(0, QKV)
-    height = candidate.shape(name)[0] // candidate.config.num_query_groups
+    """Squared difference of the first layer's fused QKV, summed head by head."""
+    name, height = layer_name(0, QKV), candidate.config.kv_channels
     total = 0.0
     for start in range(0, candidate.shape(name)[0], height):
         rows = (slice(start, start + height),)
         ours, theirs = (checkpoint.read(name, rows).astype(np.float64) for checkpoint in (candidate, reference))
-        total += float(((ours - theirs) ** 2).mean())
-    return total * height / candidate.shape(name)[0]
+        total += float(((ours - theirs) ** 2).sum())
+    return total
