@@ -1,8 +1,10 @@
 """The `npu-kernels` console script: its verbs, and nothing of what they do."""
 
 import json as jsonlib
+import warnings
 
 from npu_kernels import commandline
+from npu_kernels.errors import KernelError
 
 CHECK_FAILED = 3
 
@@ -41,6 +43,12 @@ def bench(
         seconds: For how long each is repeated.
         json: Print the result as JSON.
     """
+    from npu_kernels import installation
+
+    for problem in installation.problems():
+        if problem.breaks_torch:
+            raise KernelError(f"{problem.what}: {problem.fix}")
+
     from npu_kernels.bench import measure, table
     from npu_kernels.devices import device as find_device
 
@@ -51,6 +59,7 @@ def bench(
 
 def main() -> int:
     """The exit code of the `npu-kernels` command."""
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's own, where nobody needs it
     return commandline.run(
         "npu-kernels",
         "Fused operations for LLaMA on NPU, CUDA and CPU: what this machine has, and how fast it is.",

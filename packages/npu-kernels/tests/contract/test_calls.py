@@ -181,6 +181,21 @@ def test_more_documents_than_one_call_takes_are_several_calls(monkeypatch):
     assert calls[PACKS]["actual_seq_qlen"] == [3], "the last call's one document"
 
 
+def test_no_call_gets_more_documents_than_it_takes():
+    """The emulated op refuses more than 1,024, as CANN's does."""
+    bounds = torch.arange(1101, dtype=torch.int32)
+    packed = lambda q, k, v: attention(q, k, v, cu_seqlens=bounds.to(q.device))  # noqa: E731
+    calls = calls_of(packed, heads(b=1, s=1100, t=1100), with_grads=False)
+    assert len(calls[PACKS]["actual_seq_qlen"]) == 1100 - 1024
+
+
+def test_channels_that_the_inference_op_does_not_take_go_through_the_other():
+    q, k, v = (torch.cat((x, x[..., :4]), -1).detach() for x in heads(dtype=torch.bfloat16))  # 20 channels
+    calls = calls_of(attention, [q, k, v], with_grads=False, bound=3 * 2**-8)
+    assert TRAINS in calls
+    assert INFERS not in calls
+
+
 def test_no_token_sees_a_future_one_or_another_document():
     q, k, v = (x.npu().requires_grad_() for x in heads(b=1))
     grad = torch.autograd.grad(attention(q, k, v)[:, 2].sum(), [v])[0].cpu()
@@ -276,3 +291,11 @@ def test_cross_entropy(dtype, chunk, monkeypatch):
     assert call["reduction"] == "none"
     assert call["ignore_index"] == -100
     assert calls["aclnnCrossEntropyLossGrad"]["out"].dtype == torch.float32
+
+
+def test_cross_entropy_ignores_the_label_that_it_is_told(monkeypatch):
+    monkeypatch.setattr(cross_entropy_module, "OTHERWISE", 44)
+    labels = torch.tensor([[3, 1, 3, 0, 10], [3, 3, 2, 5, 3]])
+    calls = calls_of(lambda x: cross_entropy(x, labels.to(x.device), 3), [randn(B, S, 11)])
+    assert calls["aclnnCrossEntropyLoss"]["ignore_index"] == 3
+    assert calls["aclnnCrossEntropyLossGrad"]["ignore_index"] == 3
