@@ -133,7 +133,9 @@ def reshard(
 
 
 def _check_model(flags: ModelFlags, source: Path, config: Path | None) -> None:
-    """Compares what the command line says of the model with the files, before any work."""
+    """Compares what the command line says of the model, if anything, with the files, before any work."""
+    if not flags.describe_the_model():
+        return
     from ckpt_tools.config import LlamaConfig
     from ckpt_tools.opening import open_checkpoint
 

@@ -64,6 +64,11 @@ class ModelFlags:
             _once("DST", target, "--output-model-dir", self.output_model_dir),
         )
 
+    def describe_the_model(self) -> bool:
+        """Whether any option says something that the files say too."""
+        compared = ("type", *FIELDS, *(f"src_{name}" for name in SIZES))
+        return any(getattr(self, name, None) is not None for name in compared)
+
     def check(self, checkpoint: "Checkpoint") -> None:
         """Compares what the options say with the files.
 

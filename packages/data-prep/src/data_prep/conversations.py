@@ -33,6 +33,7 @@ class _ConversationHandler:
     tags: ClassVar[Mapping[str, str]] = {}
     needed: ClassVar[tuple[str, ...]]
     outputs: tuple[str, ...] = OUTPUTS
+    appends_eod: bool = True
 
     def __init__(self, tokenizer: Tokenizer, options: HandlerOptions) -> None:
         assert options.prompt_type is not None

@@ -27,6 +27,8 @@ class Handler(Protocol):
     """What it reads where it is there."""
     outputs: tuple[str, ...]
     """What it writes: suffixes of the output prefix."""
+    appends_eod: bool
+    """Whether it heeds `HandlerOptions.append_eod`."""
 
     def __call__(self, rows: Rows) -> dict[str, Block]:
         """A block for each of `outputs`; a record may give no document.
@@ -51,6 +53,7 @@ class GeneralPretrainHandler:
     """Each of the named columns as one document; empty texts are skipped, and so columns may differ in number."""
 
     optional: tuple[str, ...] = ()
+    appends_eod: bool = True
 
     def __init__(self, tokenizer: Tokenizer, options: HandlerOptions) -> None:
         self._tokenizer, self._eod = tokenizer, options.append_eod

@@ -1,7 +1,7 @@
 """Instruction data in AscendSpeed's own form: one text around a record, labels for its last answer."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ class GeneralInstructionHandler:
     columns: tuple[str, ...] = ("instruction", "output")
     optional: tuple[str, ...] = ("input",)
     outputs: tuple[str, ...] = OUTPUTS
+    appends_eod: bool = True
 
     def __init__(self, tokenizer: Tokenizer, options: HandlerOptions) -> None:
         self._tokenizer, self._eod = tokenizer, options.append_eod
@@ -50,7 +51,7 @@ class MOSSInstructionHandler:
 
     columns: tuple[str, ...] = ("chat",)
     optional: tuple[str, ...] = ()
-    appends_eod: ClassVar[bool] = False
+    appends_eod: bool = False
     outputs: tuple[str, ...] = OUTPUTS
 
     def __init__(self, tokenizer: Tokenizer, options: HandlerOptions) -> None:

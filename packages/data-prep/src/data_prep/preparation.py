@@ -126,7 +126,7 @@ def make(plan: Plan, *, workers: int, resume: bool, log_interval: int, overwrite
     check_target(prefixes, overwrite)
     prefixes[0].parent.mkdir(parents=True, exist_ok=True)
     run = _Run(plan, sources, worker, prefixes)
-    if plan.append_eod and not getattr(worker.handler, "appends_eod", True):
+    if plan.append_eod and not worker.handler.appends_eod:
         _say(f"note: {plan.handler_name} appends no </s>, as AscendSpeed's: --append-eod changes nothing")
     try:
         run.open(resume)
@@ -280,7 +280,7 @@ class _Run:
             "data_prep_version": metadata.version("puna-data-prep"),
             "inputs": self._inputs(),
             "handler": plan.handler_name,
-            "append_eod": plan.append_eod and getattr(self.worker.handler, "appends_eod", True),
+            "append_eod": plan.append_eod and self.worker.handler.appends_eod,
             "encoder": f"{tokenizer.encoder} {metadata.version(tokenizer.encoder)}",
             "vocab_size": tokenizer.vocab_size,
             "vocab_sha256": tokenizer.vocab_sha256,

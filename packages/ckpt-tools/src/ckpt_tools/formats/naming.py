@@ -30,6 +30,12 @@ LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 """A canonical name, in its parts."""
 
 
+def renumbered(name: str, first_layer: int) -> str:
+    """The canonical name over the whole model, of one whose layers are numbered within a chunk of it."""
+    in_layer = LAYER.fullmatch(name)
+    return layer_name(first_layer + int(in_layer[1]), in_layer[2]) if in_layer else name
+
+
 class Stored(NamedTuple):
     """What a stored tensor holds a rank's share of."""
 

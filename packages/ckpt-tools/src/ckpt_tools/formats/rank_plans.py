@@ -11,7 +11,7 @@ import numpy as np
 
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import UsageError
-from ckpt_tools.formats.naming import LAYER, KeyPath, Naming, Stored
+from ckpt_tools.formats.naming import KeyPath, Naming, Stored, renumbered
 from ckpt_tools.layout import Layout
 from ckpt_tools.planning import OutputFile
 from ckpt_tools.shard_rules import (
@@ -124,9 +124,7 @@ def _paths_of_stage(
     for chunk, layers in enumerate(chunks):
         root = _root_of(files, chunks, chunk)
         for path, stored in files.naming.paths(_names_within(config, layers), merge_mlp=merge_mlp):
-            in_layer = LAYER.fullmatch(stored.name)
-            name = layer_name(layers.start + int(in_layer[1]), in_layer[2]) if in_layer else stored.name
-            paths[root, *path] = Stored(name, stored.part)
+            paths[root, *path] = Stored(renumbered(stored.name, layers.start), stored.part)
     return paths
 
 

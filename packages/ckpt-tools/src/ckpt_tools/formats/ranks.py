@@ -10,14 +10,13 @@ from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.formats.companions import stated_config, tokenizer_files
 from ckpt_tools.formats.megatron_args import config_from_args, contradiction, refuse_other_networks, says_the_same
-from ckpt_tools.formats.naming import LAYER, MEGATRON_CORE, NO_WEIGHT, Naming, naming_of
+from ckpt_tools.formats.naming import LAYER, MEGATRON_CORE, NO_WEIGHT, Naming, naming_of, renumbered
 from ckpt_tools.layout import Layout
 from ckpt_tools.shard_rules import (
     QKV,
     ShardRule,
     ascendspeed_qkv_view,
     check_tensor_parallel,
-    layer_name,
     sharding,
 )
 from ckpt_tools.storage.files import DiskTensor, File
@@ -156,9 +155,7 @@ class _Split:
     ) -> tuple[str, int | None]:
         """A tensor's canonical name, with layers numbered over the whole model, and the fused part that it is of it."""
         stored = self.naming.stored(joined)
-        name = stored.name if stored else ""
-        in_layer = LAYER.fullmatch(name)
-        name = layer_name(layers.start + int(in_layer[1]), in_layer[2]) if in_layer else name
+        name = renumbered(stored.name, layers.start) if stored else ""
         if stored is None or name not in rules:
             raise CheckpointError(f"{tensor.where} is none of a LLaMA-2's tensors")
         return name, stored.part
