@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ckpt_tools import Layout, UsageError, convert, inspect, open_checkpoint, verify
+from ckpt_tools import Layout, convert, inspect, open_checkpoint, verify
 from models import hf_shapes, small, write_hf
 
 
@@ -37,9 +37,8 @@ def test_there_and_back(source, naming, tmp_path):
         with open_checkpoint(out / str(stage)) as checkpoint:
             assert (checkpoint.format, checkpoint.layout.naming) == ("deepspeed", naming)
             assert checkpoint.path.name.startswith("global_step")
-    if 3 in stages:
-        with pytest.raises(UsageError, match="ZeRO stage 3's shards"):
-            open_checkpoint(out / "3")
+    if 3 in stages:  # which keeps the weights that the engine began with: its own loader takes no whole ones
+        assert inspect(out / "3", config=source)["dtype"] == "float32"
 
 
 def test_the_keys_that_deepspeed_asks_for(source, tmp_path):

@@ -7,10 +7,11 @@ import struct
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
-from ckpt_tools import CheckpointError, convert, open_checkpoint
+from ckpt_tools import CheckpointError, check_distributed_metadata, convert, open_checkpoint
 from ckpt_tools.storage.torch_pickle import TensorRef, loads
 from ckpt_tools.storage.unpickle import PickleError, Record, walk
 from models import hf_state, rank_file, small, write_hf
@@ -228,3 +229,33 @@ def test_args_that_are_code_are_inert(model, tmp_path):
     with open_checkpoint(tmp_path / "m") as checkpoint:
         checkpoint.read("output_layer.weight")
     assert not os.path.exists("hostile-ran")
+
+
+def save_with_torch(folder):
+    from torch.distributed.checkpoint import save
+
+    folder.mkdir()
+    state = {"weight": torch.ones(2, 3, dtype=torch.bfloat16), "steps": torch.tensor(3), "note": b"x"}
+    save(state, checkpoint_id=folder)
+    return folder / ".metadata"
+
+
+def test_the_metadata_of_a_real_distributed_checkpoint_passes(tmp_path):
+    save_with_torch(tmp_path / "real")
+    check_distributed_metadata(tmp_path / "real")
+
+
+@pytest.mark.parametrize("hidden", ["popped", "in the data", "under another name", "truncated", "missing"])
+def test_metadata_that_torch_would_run_is_not_opened(tmp_path, hidden):
+    file = save_with_torch(tmp_path / "hostile")
+    content = file.read_bytes()
+    changed = {
+        "popped": b"\x80\x04" + SYSTEM + b"0" + content[2:],
+        "in the data": pickle.dumps({"state_dict_metadata": Reduce()}),
+        "under another name": text("torch") + text("load") + b"\x93.",
+        "truncated": content[:-20],
+    }
+    file.unlink() if hidden == "missing" else file.write_bytes(changed[hidden])
+    with pytest.raises(CheckpointError, match=r"\.metadata"):
+        check_distributed_metadata(tmp_path / "hostile")
+    assert not Path("hostile-ran").exists()

@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ckpt_tools.checkpoint import Checkpoint
+    from ckpt_tools.checkpoint import Checkpoint, Part
     from ckpt_tools.config import LlamaConfig
     from ckpt_tools.conversion import convert, reshard
     from ckpt_tools.errors import CheckpointError, UsageError
+    from ckpt_tools.formats.companions import tokenizer_files
+    from ckpt_tools.formats.distributed import check_distributed_metadata
     from ckpt_tools.inspection import inspect
     from ckpt_tools.layout import Layout
     from ckpt_tools.opening import open_checkpoint
@@ -24,14 +26,17 @@ _HOME = {
     "Difference": "verification",
     "Layout": "layout",
     "LlamaConfig": "config",
+    "Part": "checkpoint",
     "ShardRule": "shard_rules",
     "Summary": "writing",
     "UsageError": "errors",
+    "check_distributed_metadata": "formats.distributed",
     "convert": "conversion",
     "inspect": "inspection",
     "open_checkpoint": "opening",
     "reshard": "conversion",
     "sharding": "shard_rules",
+    "tokenizer_files": "formats.companions",
     "verify": "verification",
     "write_checkpoint": "writing",
 }
@@ -42,14 +47,17 @@ __all__ = [
     "Difference",
     "Layout",
     "LlamaConfig",
+    "Part",
     "ShardRule",
     "Summary",
     "UsageError",
+    "check_distributed_metadata",
     "convert",
     "inspect",
     "open_checkpoint",
     "reshard",
     "sharding",
+    "tokenizer_files",
     "verify",
     "write_checkpoint",
 ]

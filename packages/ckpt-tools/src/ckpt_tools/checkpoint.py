@@ -23,6 +23,11 @@ from ckpt_tools.storage.files import Array, Buffer, DiskTensor, File, close_all
 QkvOrder = Literal["megatron", "ascendspeed"]
 """How the QKV rows of several query groups stand in a file: see `shard_rules.ascendspeed_qkv_view`."""
 
+Part = Literal["weights", "main_weights", "exp_avg", "exp_avg_sq"]
+"""What of each parameter: its weight, or what a run's optimizer keeps of it in fp32, which is the weight that it steps
+and Adam's two moments.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -161,6 +166,11 @@ class Checkpoint:
         self._fill(tensor.pieces_of(ranges[0]), ranges[0], columns, rectangle)
         return out
 
+    def shard_shape(self, name: str, tp_size: int, *, padded_vocab_size: int | None = None) -> tuple[int, ...]:
+        """The shape of what a tensor-parallel rank holds of a tensor: see `read_shard`."""
+        self._tensor(name)
+        return self._rules[name].view(0, tp_size, padded_vocab_size).shape
+
     def read_shard(
         self,
         name: str,
@@ -168,6 +178,7 @@ class Checkpoint:
         tp_size: int,
         *,
         padded_vocab_size: int | None = None,
+        rows: Range | None = None,
         out: Array | None = None,
     ) -> Array:
         """What a tensor-parallel rank holds of a tensor, whatever layout it is stored in.
@@ -178,6 +189,7 @@ class Checkpoint:
             tp_size: Tensor-parallel size.
             padded_vocab_size: Rows of the vocabulary's tables with padding (default: the next multiple of `tp_size`).
                 Padding rows are copies of the last true row.
+            rows: Only these rows of the shard.
             out: Array of the shard's shape to read into, of any float type.
 
         Returns:
@@ -191,6 +203,10 @@ class Checkpoint:
         if not 0 <= tp_rank < tp_size:
             raise UsageError(f"there is no tensor-parallel rank {tp_rank} of {tp_size}")
         view = self._rules[name].view(tp_rank, tp_size, padded_vocab_size)
+        if rows is not None:
+            if not 0 <= rows[0] <= rows[1] <= view.shape[0]:
+                raise ValueError(f"{name}: a shard of shape {view.shape} has no rows {rows[0]} to {rows[1]}")
+            view = view.between(*rows)
         out = np.empty(view.shape, dtype) if out is None else out
         if out.shape != view.shape:
             raise ValueError(f"{name}: a shard of shape {view.shape} was asked into an array of shape {out.shape}")

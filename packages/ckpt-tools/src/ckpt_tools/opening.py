@@ -1,9 +1,10 @@
 """`open_checkpoint`: finds what kind of checkpoint a path holds, and opens it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ckpt_tools import qkv_order as orders
-from ckpt_tools.checkpoint import Checkpoint, Contents, QkvOrder
+from ckpt_tools.checkpoint import Checkpoint, Contents, Part, QkvOrder
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.formats import deepspeed, distributed, hf, megatron
@@ -11,11 +12,23 @@ from ckpt_tools.formats.companions import CONFIG, LATEST, TRACKER
 from ckpt_tools.storage.atomic import recover
 from ckpt_tools.storage.files import close_all
 
-READERS = (
+
+def _weights_only(read: Callable[[Path], Contents]) -> Callable[[Path, Part], Contents]:
+    """The reader of a format of which nothing but weights is read."""
+
+    def read_part(folder: Path, part: Part) -> Contents:
+        if part != "weights":
+            raise CheckpointError(f"{folder} holds weights in a format of which no optimizer's {part} is read")
+        return read(folder)
+
+    return read_part
+
+
+READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Part], Contents]], ...] = (
     (distributed.recognise, distributed.open_distributed),
-    (megatron.recognise, megatron.open_megatron),
+    (megatron.recognise, _weights_only(megatron.open_megatron)),
     (deepspeed.recognise, deepspeed.open_deepspeed),
-    (hf.recognise, hf.open_hf),
+    (hf.recognise, _weights_only(hf.open_hf)),
 )
 PEFT_SIGN = "adapter_config.json"
 
@@ -26,6 +39,7 @@ def open_checkpoint(
     *,
     qkv_order: QkvOrder | None = None,
     reference: str | Path | None = None,
+    part: Part = "weights",
 ) -> Checkpoint:
     """The checkpoint at `path`, open for reading: nothing but headers has been read.
 
@@ -37,9 +51,12 @@ def open_checkpoint(
         qkv_order: "megatron" or "ascendspeed", for AscendSpeed's layouts with several KV heads on each rank. What its
             network was trained in, and what is written here, is Megatron's order; its converter wrote another one.
         reference: A Hugging Face folder of the model that such a checkpoint was made from: its weights decide it.
+        part: Read what a run's optimizer keeps instead of the weights, under the same names and in the same shapes:
+            the fp32 weights that it steps, or one of Adam's moments. Runs of `trainer` (both modes) and DeepSpeed's
+            ZeRO folders hold them.
 
     Raises:
-        CheckpointError: There is nothing, nothing that is known, or something broken.
+        CheckpointError: There is nothing, nothing that is known, no such part, or something broken.
         UsageError: `config` contradicts what the folder states, the format is not read yet, or `reference` is another
             model.
     """
@@ -50,7 +67,7 @@ def open_checkpoint(
             f"the order of heads is given as {qkv_order}, and {reference} is to decide it: give one of them"
         )
     folder = resolve(Path(path))
-    contents = _contents(folder)
+    contents = _contents(folder, part)
     try:
         checkpoint = Checkpoint(folder, contents, config, qkv_order)
         if reference is not None and checkpoint.has_config and contents.qkv_is_ambiguous(checkpoint.config):
@@ -113,10 +130,10 @@ def _named_by(tracker: Path) -> Path:
     return tracker.parent / (f"iter_{int(stated):07d}" if tracker.name == TRACKER and is_iteration else stated)
 
 
-def _contents(folder: Path) -> Contents:
+def _contents(folder: Path, part: Part) -> Contents:
     for recognise, read in READERS:
         if recognise(folder):
-            return read(folder)
+            return read(folder, part)
     if (folder / PEFT_SIGN).is_file():
         raise UsageError(f"{folder} is a PEFT checkpoint, which is not read yet")
     if (folder / CONFIG).is_file():

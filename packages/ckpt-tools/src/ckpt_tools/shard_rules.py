@@ -46,8 +46,23 @@ class View:
     @property
     def shape(self) -> tuple[int, ...]:
         """The stored tensor's shape."""
-        height = sum(stop - start for start, stop in self.rows) + self.padding
+        height = self.true_rows + self.padding
         return (height,) if self.columns is None else (height, self.columns[1] - self.columns[0])
+
+    @property
+    def true_rows(self) -> int:
+        """Stored rows that are no padding."""
+        return sum(stop - start for start, stop in self.rows)
+
+    def between(self, first: int, last: int) -> "View":
+        """The view of the stored rows `first` to `last` - 1 alone."""
+        rows, at = [], 0
+        for start, stop in self.rows:
+            low, high = max(first - at, 0), min(last - at, stop - start)
+            if low < high:
+                rows.append((start + low, start + high))
+            at += stop - start
+        return View(tuple(rows), self.columns, padding=max(0, last - max(first, at)))
 
 
 @dataclass(frozen=True, slots=True)

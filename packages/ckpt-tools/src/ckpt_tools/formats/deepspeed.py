@@ -1,16 +1,17 @@
 """DeepSpeed's layout: `mp_rank_TT_model_states.pt`, a file for each tensor rank, and `latest`, which names the folder.
 
-ZeRO stages 0 to 2 keep the whole model there, whatever their optimizer's shards hold.
+ZeRO stages 0 to 2 keep the whole model there. Stage 3 has its weights, and every stage its optimizer's state, in flat
+shares: see `zero_shares`.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckpt_tools.checkpoint import Contents, closing_on_error
+from ckpt_tools.checkpoint import Contents, Part, closing_on_error
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import UsageError
-from ckpt_tools.formats import rank_plans, ranks
+from ckpt_tools.formats import rank_plans, ranks, zero_shares
 from ckpt_tools.formats.companions import LATEST
 from ckpt_tools.formats.naming import ASCENDSPEED, NAMINGS
 from ckpt_tools.layout import Layout
@@ -19,28 +20,28 @@ from ckpt_tools.storage.files import File
 
 FORMAT = "deepspeed"
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-STAGE_3_FILES = "zero_pp_rank_*_mp_rank_*_model_states.pt"
 WRITTEN = rf"{LATEST}|release(/{RANK_FILE.pattern})?"
 """The paths that `plan` gives to the tracker and to weights, and their folder."""
 
 
 def recognise(folder: Path) -> bool:
     """Whether the folder holds model states of DeepSpeed."""
-    return any(folder.glob("mp_rank_*_model_states.pt")) or any(folder.glob(STAGE_3_FILES))
+    return any(folder.glob("mp_rank_*_model_states.pt")) or any(folder.glob("zero_pp_rank_*_mp_rank_*_model_states.pt"))
 
 
-def open_deepspeed(folder: Path) -> Contents:
-    """The contents of a tag's folder (`release`, `global_step…`).
+def open_deepspeed(folder: Path, part: Part = "weights") -> Contents:
+    """The contents of a tag's folder (`release`, `global_step…`), or of a run of `trainer` in zero mode.
+
+    Of ZeRO stage 3 the weights are the fp32 ones that its optimizer steps: it keeps no others.
 
     Raises:
-        CheckpointError: A rank is missing or broken.
-        UsageError: The weights are ZeRO stage 3's, which are not read.
+        CheckpointError: A rank is missing or broken, or there is no such part.
     """
     paths = {int(named[1]): path for path in folder.iterdir() if (named := RANK_FILE.fullmatch(path.name))}
-    if not paths:
-        raise UsageError(f"{folder} holds ZeRO stage 3's shards of the weights, which are not read yet")
     files: list[File] = []
     with closing_on_error(files):
+        if part != "weights" or not paths:
+            return zero_shares.contents(folder, files, FORMAT, "main_weights" if part == "weights" else part)
         opened = [ranks.open_rank(tp, 0, path, files, lambda _: ["module"]) for tp, path in sorted(paths.items())]
         return ranks.contents(folder, files, opened, FORMAT)
 

@@ -1,7 +1,8 @@
 """megatron-core's distributed format (`torch_dist`), the model's part: `.metadata`, `__R_N.distcp`, `common.pt`.
 
 `.metadata` is a pickle that names, for each chunk of each tensor, a byte range of a `.distcp` file; that range is a
-whole torch zip file with one tensor. The optimizer's tensors, and objects such as `_extra_state`, are left alone.
+whole torch zip file with one tensor. Of the optimizer's tensors those are read that megatron-core writes as
+"fully_reshardable", each under the key of its weight; objects such as `_extra_state` are left alone.
 """
 
 import re
@@ -11,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.checkpoint import Contents, Piece, closing_on_error
+from ckpt_tools.checkpoint import Contents, Part, Piece, closing_on_error
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.dtypes import ITEM_SIZE
 from ckpt_tools.errors import CheckpointError
@@ -22,13 +23,39 @@ from ckpt_tools.shard_rules import ShardRule, layer_name, sharding
 from ckpt_tools.storage import torch_pickle
 from ckpt_tools.storage.files import DiskTensor, File, plain_name
 from ckpt_tools.storage.torch_read import MAX_PICKLE_BYTES, read_torch
-from ckpt_tools.storage.unpickle import PickleError, Record, attributes
+from ckpt_tools.storage.unpickle import Global, PickleError, Record, attributes
 
 FORMAT = "torch_dist"
 METADATA, LAST_WRITTEN, COMMON = ".metadata", "metadata.json", "common.pt"
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+PREFIXES: Mapping[Part, str] = {
+    "weights": "",
+    "main_weights": "optimizer.state.param.",
+    "exp_avg": "optimizer.state.exp_avg.",
+    "exp_avg_sq": "optimizer.state.exp_avg_sq.",
+}
+"""What stands before a weight's key where the tensor is that part of its parameter."""
 STACKED = re.compile(r"decoder\.layers\.(\D.*)")
 """A tensor of all layers at once: its first dimension counts them."""
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+_NAMED = {
+    f"{_CHECKPOINT}.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    ),
+    f"{_CHECKPOINT}.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    f"{_CHECKPOINT}.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch": ("Size", *ITEM_SIZE),
+    "torch.serialization": ("_get_layout",),
+    "collections": ("OrderedDict",),
+    "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),  # the same, from Python 3.13 on
+}
+METADATA_NAMES = frozenset(Global(module, name) for module, names in _NAMED.items() for name in names)
+"""What a `.metadata` that torch or megatron-core wrote names: descriptions of tensors, and no function that does more
+than return one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +72,27 @@ def recognise(folder: Path) -> bool:
     return (folder / METADATA).is_file()
 
 
-def open_distributed(folder: Path) -> Contents:
+def check_distributed_metadata(folder: str | Path) -> None:
+    """Makes sure that nothing but a description of tensors comes of the `.metadata` in `folder`.
+
+    To be called before torch or megatron-core opens a folder that others may have written: they unpickle the file
+    unguarded, and so run what it names.
+
+    Raises:
+        CheckpointError: It names something else, or is malformed, or not there.
+    """
+    metadata = Path(folder) / METADATA
+    try:
+        torch_pickle.loads(_read_whole(metadata), allowed=METADATA_NAMES)
+    except PickleError as error:
+        raise CheckpointError(f"{metadata}: {error}: it is not opened") from None
+
+
+def open_distributed(folder: Path, part: Part = "weights") -> Contents:
     """The contents of a folder that `megatron.core.dist_checkpointing` saved.
 
     Raises:
-        CheckpointError: The save did not finish, or something is missing or broken.
+        CheckpointError: The save did not finish, holds no such part, or something is missing or broken.
     """
     if not (folder / LAST_WRITTEN).is_file():
         raise CheckpointError(
@@ -67,7 +110,9 @@ def open_distributed(folder: Path) -> Contents:
                 opened.append(files[path.name])
             return files[path.name]
 
-        chunks = list(_chunks(folder, file_named))
+        chunks = list(_chunks(folder, file_named, PREFIXES[part]))
+        if not chunks and part != "weights":
+            raise CheckpointError(f"{folder} holds no optimizer's state (keys {PREFIXES[part]}…)")
         config = stated_config(folder) or _config_of_common(folder)
 
     def place(config: LlamaConfig, _: str) -> Iterator[tuple[str, Piece]]:
@@ -86,29 +131,31 @@ def open_distributed(folder: Path) -> Contents:
     )
 
 
-def _chunks(folder: Path, file_named: Callable[[object], File]) -> Iterator[_Chunk]:
-    """Every chunk of the model's tensors that `.metadata` names, located in its file."""
+def _chunks(folder: Path, file_named: Callable[[object], File], prefix: str) -> Iterator[_Chunk]:
+    """Every chunk of the model's tensors that `.metadata` names behind a prefix, located in its file."""
     metadata = folder / METADATA
     try:
         state = attributes(torch_pickle.loads(_read_whole(metadata)), "Metadata")
         places = dict(_places(state))
         for key, record in state["state_dict_metadata"].items():
-            if type(record) is not Record or record.func.name != "TensorStorageMetadata" or not _is_model(key):
+            if type(record) is not Record or record.func.name != "TensorStorageMetadata":
+                continue
+            if not (type(key) is str and key.startswith(prefix) and _is_model(key.removeprefix(prefix))):
                 continue
             tensor = attributes(record, "TensorStorageMetadata")
             for described in tensor["chunks"]:
                 chunk = attributes(described, "ChunkStorageMetadata")
                 offsets, sizes = tuple(chunk["offsets"]), tuple(chunk["sizes"])
                 name, start, length = places[key, offsets]
-                yield _Chunk(key, offsets, _locate(file_named(name), start, length, key, sizes))
+                yield _Chunk(key.removeprefix(prefix), offsets, _locate(file_named(name), start, length, key, sizes))
     except PickleError as error:
         raise CheckpointError(f"{metadata}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{metadata} is malformed: {type(error).__name__}: {error}") from None
 
 
-def _is_model(key: object) -> bool:
-    return type(key) is str and key.startswith(MODEL_PREFIXES) and "_extra_state" not in key
+def _is_model(key: str) -> bool:
+    return key.startswith(MODEL_PREFIXES) and "_extra_state" not in key
 
 
 def _places(state: Mapping[str, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]], tuple[object, int, int]]]:

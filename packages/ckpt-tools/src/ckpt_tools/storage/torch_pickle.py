@@ -1,6 +1,6 @@
 """torch's tensors in a pickle, as data: which storage, where in it, what shape."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -66,13 +66,15 @@ class TensorRef:
         return len(columns) == 1 and self.stride[0] > columns[0] and self.stride[1] == 1 and rows > 0
 
 
-def loads(data: bytes) -> Any:
-    """The value of a pickle that torch wrote: tensors are `TensorRef`, other objects inert (see `unpickle.loads`).
+def loads(data: bytes, allowed: Collection[Global] | None = None) -> Any:
+    """The value of a pickle that torch wrote: tensors are `TensorRef`, other objects inert.
+
+    `allowed` limits what it may name: see `unpickle.loads`.
 
     Raises:
         PickleError: Malformed, hostile or too large.
     """
-    return unpickle.loads(data, BUILDERS, _storage)
+    return unpickle.loads(data, BUILDERS, _storage, allowed)
 
 
 def _storage(identity: Any) -> StorageRef:

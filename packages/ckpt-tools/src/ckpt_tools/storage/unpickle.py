@@ -7,7 +7,7 @@ they pass through as placeholders, and a hostile file can do no more than be ref
 
 import io
 import pickletools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,7 @@ def loads(
     data: bytes,
     builders: Builders | None = None,
     persistent: Callable[[Any], Any] | None = None,
+    allowed: Collection[Global] | None = None,
 ) -> Any:
     """The value of a pickle: plain data, `Global`, `Record`, and what the builders made.
 
@@ -56,11 +57,13 @@ def loads(
         data: The pickle.
         builders: Stand-ins for known calls.
         persistent: Makes the stand-in of a persistent id; without it, the pickle may have none.
+        allowed: What the pickle may name; anything unless given. For a pickle that another reader is to open
+            afterwards, which does import and call.
 
     Raises:
         PickleError: Malformed, hostile or too large.
     """
-    machine = _Machine(builders or {}, persistent)
+    machine = _Machine(builders or {}, persistent, allowed)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(data))):
             if count > MAX_OPERATIONS:
@@ -94,11 +97,17 @@ SKIPPED = frozenset(["PROTO", "FRAME"])
 class _Machine:
     """The pickle machine's stack and memo. An operation without a method here is refused."""
 
-    def __init__(self, builders: Builders, persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self,
+        builders: Builders,
+        persistent: Callable[[Any], Any] | None,
+        allowed: Collection[Global] | None,
+    ) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.builders = builders
         self.persistent = persistent
+        self.allowed = allowed
 
     def do(self, name: str, argument: Any) -> None:
         if name in LITERALS:
@@ -223,13 +232,19 @@ class _Machine:
                 raise PickleError(f"the pickle sets items of a {type(target).__name__}")
 
     def name(self, argument: str) -> None:
-        self.stack.append(Global(*argument.split(" ", 1)))
+        self.stack.append(self._global(*argument.split(" ", 1)))
 
     def name_from_stack(self, _: Any) -> None:
         name, module = self.pop(), self.pop()
         if type(name) is not str or type(module) is not str:
             raise PickleError("the pickle names a global by something else than strings")
-        self.stack.append(Global(module, name))
+        self.stack.append(self._global(module, name))
+
+    def _global(self, module: str, name: str) -> Global:
+        named = Global(module, name)
+        if self.allowed is not None and named not in self.allowed:
+            raise PickleError(f"the pickle names {module}.{name}, which has no place in it")
+        return named
 
     def call(self, _: Any) -> None:
         arguments = self.pop()
@@ -246,7 +261,7 @@ class _Machine:
 
     def call_named(self, argument: str) -> None:
         arguments = tuple(self.pop_to_mark())
-        self.stack.append(self._result_of(Global(*argument.split(" ", 1)), arguments))
+        self.stack.append(self._result_of(self._global(*argument.split(" ", 1)), arguments))
 
     def _result_of(self, func: Any, arguments: Any) -> Any:
         if type(func) is not Global or type(arguments) is not tuple:
