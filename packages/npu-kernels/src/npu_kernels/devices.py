@@ -64,7 +64,7 @@ class Device:
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Dense peak of the current chip in FLOP/s for matrix products of `dtype`; None where it is not known."""
-        return None if self.type == "cpu" else peaks.flops(self.name, dtype)
+        return None if self.type == "cpu" else peaks.flops(self.name, str(dtype).removeprefix("torch."))
 
     def peak_bytes_per_s(self) -> float | None:
         """Peak bandwidth of the current chip's memory in byte/s; None where it is not known."""

@@ -48,6 +48,11 @@ RETURNING: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "aclnnBatchMatMul": ("x other out cube_math_type:int8", lambda x, other, _: x @ other),
     "aclnnReduceSum": ("x dims keep:bool dtype:int out", lambda x, dims, keep, _: x.sum(dims, keep)),
     "aclnnMean": ("x dims keep:bool dtype:int out", lambda x, dims, keep, _: x.mean(dims, keep)),
+    "aclnnCast": ("x dtype:int out", lambda x, _: x),
+    "aclnnAmax": ("x dims keep:bool out", torch.amax),
+    "aclnnFloor": ("x out", torch.floor),
+    "aclnnExpm1": ("x out", torch.expm1),
+    "aclnnSWhere": ("condition x other out", torch.where),
     "aclnnLogSumExp": ("x dims keep:bool out", torch.logsumexp),
     "aclnnLinalgVectorNorm": (
         "x p dims keep:bool dtype:int out",
@@ -85,6 +90,14 @@ IN_PLACE: dict[str, tuple[str, Callable[..., object]]] = {
     "aclnnInplaceDiv": ("other", Tensor.div_),
     "aclnnInplaceDivs": ("value", Tensor.div_),
     "aclnnInplaceExp": ("", Tensor.exp_),
+    "aclnnInplaceAddmm": (
+        "a b beta alpha cube_math_type:int8",
+        lambda x, a, b, beta, alpha, _: x.addmm_(a, b, beta=beta, alpha=alpha),
+    ),
+    "aclnnInplaceScatter": (
+        "dim:int index source reduce:int",
+        lambda x, dim, index, source, _: x.scatter_(dim, index, source),
+    ),
     "aclnnInplaceMul": ("other", Tensor.mul_),
     "aclnnInplaceMuls": ("value", Tensor.mul_),
     "aclnnInplaceMaskedFillScalar": ("mask value", Tensor.masked_fill_),
@@ -102,6 +115,7 @@ IN_PLACE: dict[str, tuple[str, Callable[..., object]]] = {
 FOREACH: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "aclnnForeachNorm": ("p", torch.linalg.vector_norm),
     "aclnnForeachAddScalarV2": ("value", torch.add),
+    "aclnnForeachMulScalarV2": ("value", torch.mul),
 }
 """Ops on every tensor of a list: arguments between the list and the results' list, and one result's values."""
 
