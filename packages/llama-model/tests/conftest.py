@@ -1,11 +1,13 @@
 """Tiny random LLaMAs of Hugging Face, their folders and gradients, and the pool of ranks."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import Ranks
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 LAYERS = 4
 VOCAB = 101  # odd: tensor parallelism has to pad it
@@ -80,6 +82,46 @@ def case(request, tmp_path_factory) -> Case:
 @pytest.fixture(scope="session")
 def gqa(tmp_path_factory) -> Case:
     return Case(tmp_path_factory.mktemp("gqa-only"), GROUPS["gqa"])
+
+
+class Exact:
+    """Hugging Face's loss of a case's batch and every gradient, in float64, under canonical names."""
+
+    def __init__(self, case: Case) -> None:
+        hf = copy.deepcopy(case.hf).double()
+        logits = hf(case.tokens).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), case.labels.flatten(), reduction="none")
+        loss.sum().backward()
+        self.loss = loss.detach().view(case.labels.shape)
+        grads = {name.removesuffix(".weight"): parameter.grad for name, parameter in hf.named_parameters()}
+        self.gradients = {
+            "embedding.word_embeddings.weight": grads["model.embed_tokens"],
+            "decoder.final_layernorm.weight": grads["model.norm"],
+            "output_layer.weight": grads["lm_head"],
+        }
+        for n in range(LAYERS):
+            theirs, ours = f"model.layers.{n}.", f"decoder.layers.{n}."
+            groups = hf.config.num_key_value_heads
+            qkv = [grads[f"{theirs}self_attn.{x}_proj"].unflatten(0, (groups, -1)) for x in "qkv"]
+            gate_up = [grads[f"{theirs}mlp.{x}_proj"] for x in ("gate", "up")]
+            self.gradients |= {
+                f"{ours}input_layernorm.weight": grads[f"{theirs}input_layernorm"],
+                f"{ours}self_attention.linear_qkv.weight": torch.cat(qkv, 1).flatten(0, 1),
+                f"{ours}self_attention.linear_proj.weight": grads[f"{theirs}self_attn.o_proj"],
+                f"{ours}pre_mlp_layernorm.weight": grads[f"{theirs}post_attention_layernorm"],
+                f"{ours}mlp.linear_fc1.weight": torch.cat(gate_up),
+                f"{ours}mlp.linear_fc2.weight": grads[f"{theirs}mlp.down_proj"],
+            }
+
+
+@pytest.fixture(scope="session")
+def exact(gqa) -> Exact:
+    def norm(self, x):  # transformers' own computes in fp32 whatever the model's type
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaRMSNorm, "forward", norm)
+        return Exact(gqa)
 
 
 @pytest.fixture(scope="session")

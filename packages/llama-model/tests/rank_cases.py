@@ -4,18 +4,25 @@ import os
 from pathlib import Path
 
 import torch
-from ckpt_tools import open_checkpoint
+from ckpt_tools import Layout, open_checkpoint
 from llama_model import generate, load_weights, parallel
 from torch import distributed
 
 LR, WEIGHT_DECAY, BETAS, EPS, CLIP = 3e-3, 0.1, (0.9, 0.95), 1e-6, 0.5
+LAYERS = 4  # of every model here
 
 
-class Layout:
+class Groups:
     """megatron-core's groups for a case, taken down after it."""
 
-    def __init__(self, tp, pp=1):
-        self.sizes = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    def __init__(self, layout, **options):
+        chunks = len(layout.chunks(LAYERS)[0])
+        self.sizes = dict(
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            **options,
+        )
 
     def __enter__(self):
         parallel.initialize(**self.sizes)
@@ -24,13 +31,30 @@ class Layout:
         parallel.destroy()
 
 
-def build(folder, divisible_by=1, **options):
+def tensor_parallel(size):
+    return Groups(Layout(tensor_model_parallel_size=size))
+
+
+def build(folder, divisible_by=1, recompute=None, **options):
     with open_checkpoint(folder) as checkpoint:
         model = parallel.build_model(
-            checkpoint.config, transformer_options=options, make_vocab_size_divisible_by=divisible_by
+            checkpoint.config,
+            transformer_options=options,
+            make_vocab_size_divisible_by=divisible_by,
+            recompute=recompute,
         )
         load_weights(model, checkpoint)
     return model
+
+
+def build_chunks(folder, layout, recompute=None, **options):
+    """This rank's chunks, none of whose weights is drawn and then overwritten."""
+    options = {"perform_initialization": False, **options}
+    with open_checkpoint(folder) as checkpoint:
+        chunks = parallel.build_chunks(checkpoint.config, layout, transformer_options=options, recompute=recompute)
+        for chunk in chunks:
+            load_weights(chunk, checkpoint)
+    return chunks
 
 
 def gradient_errors(model, gradients, grads):
@@ -39,7 +63,7 @@ def gradient_errors(model, gradients, grads):
     with open_checkpoint(gradients) as expected:
         for name, grad in grads.items():
             size, rank = model.tensor_model_parallel_size, model.tensor_model_parallel_rank
-            name = _global_name(name, model.first_layer)
+            name = model.canonical_name(name)
             shard = expected.read_shard(name, rank, size, padded_vocab_size=model.padded_vocab_size)
             shard = torch.from_numpy(shard)
             if "embed" in name or "output_layer" in name:  # rows of padding never have a gradient
@@ -50,32 +74,77 @@ def gradient_errors(model, gradients, grads):
     return errors
 
 
-def _global_name(name, first_layer):
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(int(parts[2]) + first_layer)
-    return ".".join(parts)
-
-
 def parity(tp, folder, gradients, tokens, labels, divisible_by=1, **options):
     """Logits and loss as every rank has them, and how far its gradients are off."""
-    with Layout(tp):
+    with tensor_parallel(tp):
         model = build(folder, divisible_by, **options)
         with torch.no_grad():
             logits = model(tokens)
         loss = model(tokens, labels=labels)
         loss.sum().backward()
-        if options.get("sequence_parallel"):  # what finalize_model_grads does
-            for parameter in model.parameters():
-                if getattr(parameter, "sequence_parallel", False):
-                    distributed.all_reduce(parameter.grad)
-        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-        return logits.numpy(), loss.detach().numpy(), gradient_errors(model, gradients, grads)
+        return logits.numpy(), loss.detach().numpy(), gradient_errors(model, gradients, summed_gradients(model))
+
+
+def summed_gradients(model):
+    """Every gradient, those of parameters that saw parts of the sequence summed, as finalize_model_grads does."""
+    for parameter in model.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            distributed.all_reduce(parameter.grad)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def loss_and_gradients(tp, folder, tokens, inputs, **options):
+    """The loss of each token, and every gradient by its name; `inputs` go to the model."""
+    with tensor_parallel(tp):
+        model = build(folder, **options)
+        loss = model(tokens, **inputs)
+        loss.sum().backward()
+        return loss.detach(), summed_gradients(model)
+
+
+def shared_head_loss(x, weight, labels, factors, dtype, padding=0):
+    """`head_loss` over a vocabulary that the ranks share: losses, gradient of x, gradient of this rank's rows."""
+    from llama_model.parallel.loss import head_loss
+
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    whole = torch.cat((weight, torch.full((padding, weight.shape[1]), 1e4)))
+    rows = len(whole) // size
+    x = x.to(dtype).requires_grad_()
+    mine = whole[rank * rows : (rank + 1) * rows].to(dtype).requires_grad_()
+    true_rows = max(0, min(rows, len(weight) - rank * rows))
+    loss = head_loss(x, mine, labels, true_rows=true_rows, first_row=rank * rows, group=distributed.group.WORLD)
+    (loss * factors.to(loss.dtype)).sum().backward()
+    distributed.all_reduce(x.grad)
+    return loss.detach(), x.grad, mine.grad
+
+
+def fresh(layout, config, seed):
+    """This rank's fresh weights under their canonical names."""
+    with Groups(layout, seed=seed):
+        chunks = parallel.build_chunks(config, layout)
+        return {
+            chunk.canonical_name(name): parameter.detach()
+            for chunk in chunks
+            for name, parameter in chunk.named_parameters()
+        }
+
+
+def timeouts(timeout):
+    """How long a collective may take in megatron-core's groups."""
+    with Groups(Layout(pipeline_model_parallel_size=2), timeout=timeout):
+        from megatron.core import parallel_state
+
+        groups = (
+            parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_data_parallel_group(),
+        )
+        return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
 
 
 def padding(tp, folder, tokens, labels, divisible_by, honour=True):
     """Loss and logits with padding rows that would win every softmax."""
-    with Layout(tp):
+    with tensor_parallel(tp):
         model = build(folder, divisible_by)
         rows = model.output_layer.weight.shape[0]
         true = max(0, min(rows, model.architecture.vocab_size - model.tensor_model_parallel_rank * rows))
@@ -91,7 +160,7 @@ def padding(tp, folder, tokens, labels, divisible_by, honour=True):
 
 
 def continuations(tp, folder, prompts, new, **options):
-    with Layout(tp):
+    with tensor_parallel(tp):
         model = build(folder).eval()
         out = [[] for _ in prompts]
         for step in generate(model, prompts, max_new_tokens=new, **options):
@@ -106,7 +175,7 @@ def continuations(tp, folder, prompts, new, **options):
 class Trainer:
     """megatron-core's own data-parallel wrapper, optimizer and schedule around our model."""
 
-    def __init__(self, folder, *, distributed_optimizer=False, dtype="float32", **options):
+    def __init__(self, folder, layout, *, distributed_optimizer=False, overlap=False, dtype="float32", **options):
         from megatron.core import parallel_state
         from megatron.core.distributed import (
             DistributedDataParallel,
@@ -119,21 +188,29 @@ class Trainer:
         self.dp_size = parallel_state.get_data_parallel_world_size()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_group = parallel_state.get_data_parallel_group()
-        self.model = build(folder, calculate_per_token_loss=True, **kinds, **options)
+        self.chunks = build_chunks(folder, layout, calculate_per_token_loss=True, **kinds, **options)
+        self.options = self.chunks[0].config
         wrapping = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=distributed_optimizer,
+            overlap_grad_reduce=overlap,
         )
-        self.wrapped = DistributedDataParallel(self.model.config, wrapping, self.model)
+        self.wrapped = [
+            DistributedDataParallel(self.options, wrapping, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(self.chunks)
+        ]
         rules = OptimizerConfig(
             optimizer="adam", lr=LR, min_lr=LR, weight_decay=WEIGHT_DECAY, adam_beta1=BETAS[0], adam_beta2=BETAS[1],
             adam_eps=EPS, clip_grad=CLIP, use_distributed_optimizer=distributed_optimizer, initial_loss_scale=2.0**8,
             **kinds,
         )  # fmt: skip
-        self.optimizer = get_megatron_optimizer(rules, [self.wrapped])
+        self.optimizer = get_megatron_optimizer(rules, self.wrapped)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = WEIGHT_DECAY * group["wd_mult"]
-        self.model.config.finalize_model_grads_func = finalize_model_grads
-        self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self.options.finalize_model_grads_func = finalize_model_grads
+        if overlap:
+            self.options.no_sync_func = self.wrapped[0].no_sync
+        self.options.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, tokens, labels):
         """One step over a global batch [rows, s], one row a micro-batch: (loss a token, gradient norm)."""
@@ -141,10 +218,11 @@ class Trainer:
 
         rows = range(self.dp_rank, len(tokens), self.dp_size)
         mine = [(tokens[row : row + 1], labels[row : row + 1]) for row in rows]
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter(mine), model=self.wrapped,
+            forward_step_func=forward_step, data_iterator=[iter(mine) for _ in self.wrapped], model=self.wrapped,
             num_microbatches=len(mine), seq_length=tokens.shape[1], micro_batch_size=1,
         )  # fmt: skip
         updated, norm, _ = self.optimizer.step()
@@ -160,7 +238,7 @@ class Trainer:
             "distrib_optim_sharding_type": "fully_reshardable",
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
-        model = self.model.sharded_state_dict(metadata=metadata)
+        model = self.chunks[0].sharded_state_dict(metadata=metadata)
         return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
 
 
@@ -174,34 +252,42 @@ def forward_step(batches, model):
     return model(tokens, labels=labels), sums
 
 
-def train(tp, pp, folder, batches, weights, **options):
+def train(layout, folder, batches, weights, **options):
     """Loss and gradient norm of every step; how far the weights are from the expected ones at the end."""
-    with Layout(tp, pp):
-        trainer = Trainer(folder, **options)
+    with Groups(layout):
+        trainer = Trainer(folder, layout, **options)
         history = [trainer.step(*batch) for batch in batches]
-        values = {name: parameter.detach().float() for name, parameter in trainer.model.named_parameters()}
         errors = {}
         with open_checkpoint(weights) as expected:
-            for name, value in values.items():
-                size, rank = trainer.model.tensor_model_parallel_size, trainer.model.tensor_model_parallel_rank
-                name = _global_name(name, trainer.model.first_layer)
-                shard = torch.from_numpy(expected.read_shard(name, rank, size))
-                true = len(shard)
-                if "embed" in name or "output_layer" in name:  # padding rows are never trained
-                    true = min(true, expected.config.vocab_size - rank * true)
-                errors[name] = (value - shard)[:true].abs().max().item()
+            for chunk in trainer.chunks:
+                errors |= weight_errors(chunk, expected)
         return history, errors
+
+
+def weight_errors(model, expected):
+    """How far each parameter is from its shard of the expected ones."""
+    errors = {}
+    size, rank = model.tensor_model_parallel_size, model.tensor_model_parallel_rank
+    for name, parameter in model.named_parameters():
+        name = model.canonical_name(name)
+        shard = torch.from_numpy(expected.read_shard(name, rank, size))
+        true = len(shard)
+        if "embed" in name or "output_layer" in name:  # padding rows are never trained
+            true = min(true, expected.config.vocab_size - rank * true)
+        errors[name] = (parameter.detach().float() - shard)[:true].abs().max().item()
+    return errors
 
 
 def resume(tp, folder, batches, home, **options):
     """Whether training goes on from a distributed checkpoint bit for bit, the optimizer's state with it."""
     from torch.distributed import barrier
 
-    with Layout(tp):
+    with tensor_parallel(tp):
         from megatron.core import dist_checkpointing
 
         half = len(batches) // 2
-        straight = Trainer(folder, **options)
+        layout = Layout(tensor_model_parallel_size=tp)
+        straight = Trainer(folder, layout, **options)
         for batch in batches[:half]:
             straight.step(*batch)
         if distributed.get_rank() == 0:
@@ -209,13 +295,13 @@ def resume(tp, folder, batches, home, **options):
         barrier()
         dist_checkpointing.save(straight.state(is_loading=False), home)
         after = [straight.step(*batch) for batch in batches[half:]]
-        resumed = Trainer(folder, **options)
+        resumed = Trainer(folder, layout, **options)
         state = dist_checkpointing.load(resumed.state(is_loading=True), home)
-        resumed.model.load_state_dict(state["model"])
+        resumed.chunks[0].load_state_dict(state["model"])
         with torch.no_grad():
             resumed.optimizer.load_state_dict(state["optimizer"])
         again = [resumed.step(*batch) for batch in batches[half:]]
-        pairs = zip(straight.model.parameters(), resumed.model.parameters(), strict=True)
+        pairs = zip(straight.chunks[0].parameters(), resumed.chunks[0].parameters(), strict=True)
         return after == again, all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -224,7 +310,7 @@ def resume(tp, folder, batches, home, **options):
 
 def save(tp, folder, home, divisible_by=1):
     """Writes the model as megatron-core's distributed checkpoint; returns the names of its tensors and objects."""
-    with Layout(tp):
+    with tensor_parallel(tp):
         from megatron.core import dist_checkpointing
 
         model = build(folder, divisible_by)
@@ -271,7 +357,7 @@ def both_ways(tp, folder, ours, theirs, tokens, divisible_by=1):
 
     Returns GPTModel's logits, ours after the way back, the keys that GPTModel saves, and whether it had to learn.
     """
-    with Layout(tp):
+    with tensor_parallel(tp):
         from megatron.core import dist_checkpointing
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region as gather
 
@@ -310,9 +396,10 @@ def refused(call):
         "groups": lambda: parallel.build_model(LlamaConfig(num_query_groups=1, **small)),
         "fixed": lambda: parallel.build_model(config, transformer_options={"hidden_size": 32}),
         "unheeded": lambda: parallel.build_model(config, transformer_options={"recompute_granularity": "full"}),
+        "another layout": lambda: parallel.build_chunks(config, Layout()),
     }
     try:
-        with Layout(2):
+        with tensor_parallel(2):
             calls[call]()
     except RequestError as error:
         return str(error)
@@ -325,6 +412,17 @@ def three_of_two():
 
     try:
         parallel.initialize(tensor_model_parallel_size=3)
+    except RequestError as error:
+        return str(error)
+    return None
+
+
+def virtual_of_one_stage():
+    """The message of asking for two chunks of a stage where there is no pipeline."""
+    from llama_model import RequestError
+
+    try:
+        parallel.initialize(virtual_pipeline_model_parallel_size=2)
     except RequestError as error:
         return str(error)
     return None

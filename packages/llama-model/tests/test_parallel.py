@@ -1,12 +1,15 @@
 """The network on megatron-core's tensor-parallel layers: parity, padding, training, checkpoints, on two processes."""
 
+import datetime
+import functools
+
 import numpy as np
 import pytest
 import rank_cases
 import torch
-from ckpt_tools import open_checkpoint
+from ckpt_tools import Layout, open_checkpoint, sharding
 from conftest import LAYERS
-from llama_model import generate, load_model
+from llama_model import LlamaModel, Recompute, generate, init_weights, load_model
 
 LOGITS, LOSS, GRADIENT = 1e-5, 5e-6, 1e-5
 STEPS = 6
@@ -41,12 +44,71 @@ def test_the_comparison_notices_mistakes(ranks, gqa, mistake):
             assert np.abs(logits - gqa.logits.numpy()).max() > 100 * LOGITS
 
 
-def sequence_parallel(*args):
-    return rank_cases.parity(*args, sequence_parallel=True)
-
-
 def test_sequence_parallelism_changes_nothing(ranks, gqa):
-    assert_parity(ranks.run(sequence_parallel, 2, *arguments(gqa)), gqa)
+    run = functools.partial(rank_cases.parity, sequence_parallel=True)
+    assert_parity(ranks.run(run, 2, *arguments(gqa)), gqa)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_in_float64_two_ranks_equal_hugging_face_to_rounding(ranks, gqa, exact, sequence_parallel):
+    options = {"sequence_parallel": sequence_parallel, "params_dtype": torch.float64}
+    run = functools.partial(rank_cases.loss_and_gradients, **options)
+    rules = sharding(load_model(gqa.folder).architecture)
+    for rank, (loss, grads) in enumerate(ranks.run(run, 2, gqa.folder, gqa.tokens, {"labels": gqa.labels})):
+        torch.testing.assert_close(loss, exact.loss, atol=1e-12, rtol=0)
+        assert grads.keys() == rules.keys()
+        for name, grad in grads.items():
+            expected = shard(exact.gradients[name], rules[name].view(rank, 2))
+            torch.testing.assert_close(grad[: len(expected)], expected, atol=1e-12, rtol=1e-12)
+
+
+def shard(whole, view):
+    """The part of a whole tensor that a view names, without padding."""
+    rows = torch.cat([whole[slice(*part)] for part in view.rows])
+    return rows if view.columns is None else rows[:, slice(*view.columns)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padding", [1, 99])
+def test_a_vocabulary_that_ranks_share_has_the_loss_of_a_whole_one(ranks, dtype, padding):
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    x, weight, factors = draw(30, 16), draw(99, 16), draw(30)
+    labels = torch.randint(0, 99, (30,), generator=torch.Generator().manual_seed(1))
+    labels[3:7] = -100
+    exact = [z.to(dtype).double().requires_grad_() for z in (x, weight)]
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="none")
+    (expected * factors.to(torch.float32).double()).sum().backward()
+    near = {torch.float64: 1e-12, torch.bfloat16: 0.06, torch.float16: 0.01}[dtype]
+    results = ranks.run(rank_cases.shared_head_loss, x, weight, labels, factors, dtype, padding)
+    for loss, dx, _ in results:
+        torch.testing.assert_close(loss.double(), expected.detach(), atol=near, rtol=near)
+        torch.testing.assert_close(dx.double(), exact[0].grad, atol=near, rtol=near)
+    dweight = torch.cat([result[2] for result in results]).double()
+    torch.testing.assert_close(dweight[:99], exact[1].grad, atol=near, rtol=near)
+    assert not dweight[99:].any()
+    assert (exact[1].grad.abs() > 10 * near).any(), "a comparison that zeros would pass"
+
+
+def test_rows_of_a_batch_flattened_into_one_with_their_documents_give_the_same(ranks, gqa):
+    """Four rows of 20 tokens are more than the model's 64 positions."""
+    tokens, labels = torch.cat((gqa.tokens, gqa.tokens.flip(1))), torch.cat((gqa.labels, gqa.labels.flip(1)))
+    b, s = tokens.shape
+    positions, bounds = torch.arange(s).repeat(b)[None], torch.arange(0, b * s + 1, s, dtype=torch.int32)
+    model = load_model(gqa.folder).requires_grad_(True)
+    expected = model(tokens, labels=labels)
+    expected.sum().backward()
+    flat = tokens.flatten()[None]
+    inputs = {"labels": labels.flatten()[None], "position_ids": positions, "cu_seqlens": bounds}
+    for options in ({}, {"sequence_parallel": True}):
+        run = functools.partial(rank_cases.loss_and_gradients, **options)
+        for loss, grads in ranks.run(run, 2, gqa.folder, flat, inputs):
+            torch.testing.assert_close(loss.view(b, s), expected.detach(), atol=LOSS, rtol=0)
+            for name in ("decoder.final_layernorm.weight", "decoder.layers.0.input_layernorm.weight"):
+                grad = model.get_parameter(name).grad
+                torch.testing.assert_close(grads[name], grad, atol=GRADIENT * grad.abs().max().item(), rtol=0)
+    inputs["cu_seqlens"] = bounds[[0, -1]]  # one document
+    loss, _ = ranks.run(rank_cases.loss_and_gradients, 2, gqa.folder, flat, inputs)[0]
+    assert (loss.view(b, s) - expected).abs().max() > 100 * LOSS, "the control must leak"
 
 
 @pytest.mark.parametrize(("tp", "divisible_by"), [(1, 128), (2, 1), (2, 8), (2, 128)])
@@ -75,12 +137,8 @@ def test_generation_under_tensor_parallelism_is_that_of_one_device(ranks, gqa):
         for step in generate(model, prompts, max_new_tokens=12, **options):
             for row, token in zip(step.rows, step.tokens, strict=True):
                 expected[row].append(token)
-        run = sampled if options else rank_cases.continuations
+        run = functools.partial(rank_cases.continuations, **options)
         assert ranks.run(run, 2, gqa.folder, prompts, 12) == [expected] * 2
-
-
-def sampled(*args):
-    return rank_cases.continuations(*args, decoding="sample", seed=5, top_k=20)
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -114,58 +172,58 @@ def reference(gqa, tmp_path_factory):
     return batches, np.array(history), folder
 
 
-def train_distributed_optimizer(*args):
-    return rank_cases.train(*args, distributed_optimizer=True)
-
-
-def train_sequence_parallel(*args):
-    return rank_cases.train(*args, sequence_parallel=True)
-
-
-LAYOUTS = {
-    "tp2": (rank_cases.train, 2, 1),
-    "dp2": (rank_cases.train, 1, 1),
-    "dp2, distributed optimizer": (train_distributed_optimizer, 1, 1),
-    "tp2, sequence parallel": (train_sequence_parallel, 2, 1),
-    "pp2": (rank_cases.train, 1, 2),
+OPTIONS = {
+    "tp2": (Layout(tensor_model_parallel_size=2), {}),
+    "tp2, sequence parallel": (Layout(tensor_model_parallel_size=2), {"sequence_parallel": True}),
+    "tp2, sequence parallel, all recomputed": (
+        Layout(tensor_model_parallel_size=2),
+        {"sequence_parallel": True, "recompute": Recompute(granularity="full", num_layers=3)},
+    ),
+    "dp2": (Layout(), {}),
+    "dp2, distributed optimizer": (Layout(), {"distributed_optimizer": True}),
+    "dp2, gradients summed while others are computed": (Layout(), {"overlap": True}),
+    "pp2": (Layout(pipeline_model_parallel_size=2), {}),
+    "pp2, uneven": (Layout(pipeline_model_parallel_size=2, num_layer_list=(1, 3)), {}),
+    "pp2, virtual": (Layout(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1), {}),
+    "pp2, virtual, parts recomputed": (
+        Layout(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
+        {"recompute": Recompute(granularity="selective", modules=("core_attn", "mlp"))},
+    ),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_is_hugging_faces_with_adamw(ranks, gqa, reference, layout):
-    run, tp, pp = LAYOUTS[layout]
+@pytest.mark.parametrize("case", OPTIONS)
+def test_training_is_hugging_faces_with_adamw(ranks, gqa, reference, case):
+    layout, options = OPTIONS[case]
     batches, expected, weights = reference
-    for history, errors in ranks.run(run, tp, pp, gqa.folder, batches, weights):
+    trained = set()
+    run = functools.partial(rank_cases.train, **options)
+    for history, errors in ranks.run(run, layout, gqa.folder, batches, weights):
         np.testing.assert_allclose(np.array(history)[:, 0], expected[:, 0], atol=5e-6, rtol=0)
         np.testing.assert_allclose(np.array(history)[:, 1], expected[:, 1], rtol=1e-5)
         assert max(errors.values()) < 1e-5, errors
+        trained |= errors.keys()
+    assert len(trained) == 3 + 6 * LAYERS
 
 
-def train_bfloat16(*args):
-    return rank_cases.train(*args, dtype="bfloat16")
+HALF = [
+    {"dtype": "bfloat16"},
+    {"dtype": "bfloat16", "distributed_optimizer": True},
+    {"dtype": "float16"},
+]
 
 
-def train_bfloat16_distributed(*args):
-    return rank_cases.train(*args, dtype="bfloat16", distributed_optimizer=True)
-
-
-def train_float16(*args):
-    return rank_cases.train(*args, dtype="float16")
-
-
-@pytest.mark.parametrize("run", [train_bfloat16, train_bfloat16_distributed, train_float16])
-def test_half_precision_trains_within_its_rounding(ranks, gqa, reference, run):
+@pytest.mark.parametrize("options", HALF, ids=str)
+def test_half_precision_trains_within_its_rounding(ranks, gqa, reference, options):
     batches, expected, weights = reference
-    for history, _ in ranks.run(run, 1, 1, gqa.folder, batches, weights):
+    run = functools.partial(rank_cases.train, **options)
+    for history, _ in ranks.run(run, Layout(), gqa.folder, batches, weights):
         np.testing.assert_allclose(np.array(history)[:, 0], expected[:, 0], atol=0.05)
 
 
-def resume_distributed(*args):
-    return rank_cases.resume(*args, distributed_optimizer=True)
-
-
-@pytest.mark.parametrize(("run", "tp"), [(rank_cases.resume, 2), (resume_distributed, 1)])
-def test_training_resumes_bit_for_bit_from_a_distributed_checkpoint(ranks, gqa, reference, tmp_path, run, tp):
+@pytest.mark.parametrize(("options", "tp"), [({}, 2), ({"distributed_optimizer": True}, 1)])
+def test_training_resumes_bit_for_bit_from_a_distributed_checkpoint(ranks, gqa, reference, tmp_path, options, tp):
+    run = functools.partial(rank_cases.resume, **options)
     assert ranks.run(run, tp, gqa.folder, reference[0], str(tmp_path / "state")) == [(True, True)] * 2
 
 
@@ -200,6 +258,7 @@ REFUSED = {
     "groups": "1 query groups (key and value heads) do not divide among 2 tensor-parallel ranks",
     "fixed": "hidden_size is not an option",
     "unheeded": "does not heed recompute_granularity",
+    "another layout": "the layout has tensor_model_parallel_size 1, parallel.initialize was called with 2",
 }
 
 
@@ -212,3 +271,42 @@ def test_what_the_network_cannot_do_is_refused(ranks, call):
 def test_a_world_that_does_not_divide_is_refused(ranks):
     message = ranks.run(rank_cases.three_of_two)[0]
     assert "2 processes do not divide into tensor_model_parallel_size 3" in message
+
+
+def test_a_virtual_pipeline_of_one_stage_is_refused(ranks):
+    message = ranks.run(rank_cases.virtual_of_one_stage)[0]
+    assert "virtual_pipeline_model_parallel_size 2 needs a pipeline_model_parallel_size of 2 or more" in message
+
+
+def test_collectives_time_out_as_asked(ranks):
+    asked = datetime.timedelta(seconds=45)
+    assert ranks.run(rank_cases.timeouts, asked) == [[asked] * 3] * 2
+    assert asked not in ranks.run(rank_cases.timeouts, None)[0]
+
+
+# --- fresh weights --------------------------------------------------------------------------------------------------
+
+FRESH = [
+    Layout(tensor_model_parallel_size=2, make_vocab_size_divisible_by=8),
+    Layout(pipeline_model_parallel_size=2, num_layer_list=(3, 1)),
+    Layout(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
+]
+
+
+@pytest.mark.parametrize("layout", FRESH, ids=str)
+def test_fresh_weights_do_not_depend_on_the_layout(ranks, gqa, layout):
+    whole = LlamaModel(load_model(gqa.folder).architecture)
+    init_weights(whole, 5)
+    config, expected = whole.architecture, dict(whole.named_parameters())
+    size = layout.tensor_model_parallel_size
+    padded = config.padded_vocab_size(size, layout.make_vocab_size_divisible_by or 1)
+    seen = set()
+    for rank, weights in enumerate(ranks.run(rank_cases.fresh, layout, config, 5)):
+        for name, value in weights.items():
+            view = sharding(config)[name].view(rank % size, size, padded)
+            mine = shard(expected[name], view)
+            assert torch.equal(value[: len(mine)], mine)
+            assert not value[len(mine) :].any()
+            assert len(value) == len(mine) + view.padding
+        seen |= weights.keys()
+    assert seen == expected.keys()

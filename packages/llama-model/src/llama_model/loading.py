@@ -1,5 +1,6 @@
 """Weights from disk into the network: any format that ckpt-tools opens, each rank only its slices."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ from npu_kernels import device as find_device
 
 from llama_model.errors import ModelError, RequestError
 from llama_model.model import LlamaModel
-
-_LAYER = "decoder.layers."
 
 
 def load_model(
@@ -47,7 +46,9 @@ def load_model(
 
 
 @torch.no_grad()
-def load_weights(model: LlamaModel, checkpoint: Checkpoint) -> None:
+def load_weights(
+    model: LlamaModel, checkpoint: Checkpoint, parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None
+) -> None:
     """Fills every parameter of `model` from `checkpoint`, cast to the parameter's type.
 
     A rank reads its own slices; layers are found by their number in the whole model. Padding rows of the vocabulary are
@@ -56,6 +57,8 @@ def load_weights(model: LlamaModel, checkpoint: Checkpoint) -> None:
     Args:
         model: Of any tensor-parallel and pipeline layout.
         checkpoint: Of any format and layout.
+        parameters: Those to fill, with the model's names for them, each taken when the one before it is full; all
+            unless given.
 
     Raises:
         ModelError: The checkpoint's architecture is not the model's.
@@ -63,8 +66,8 @@ def load_weights(model: LlamaModel, checkpoint: Checkpoint) -> None:
     """
     for name, (ours, theirs) in model.architecture.differences(checkpoint.config).items():
         raise ModelError(f"{name} is {ours} in the model, {theirs} in {checkpoint.path}")
-    for name, parameter in model.named_parameters():
-        canonical = _canonical(name, model.first_layer)
+    for name, parameter in model.named_parameters() if parameters is None else parameters:
+        canonical = model.canonical_name(name)
         # Read into the parameter's own memory where the host can reach it; a copy passes through the host otherwise.
         on_host = parameter.data if parameter.device.type == "cpu" else torch.empty_like(parameter, device="cpu")
         checkpoint.read_shard(
@@ -78,19 +81,10 @@ def load_weights(model: LlamaModel, checkpoint: Checkpoint) -> None:
             parameter.copy_(on_host)
 
 
-def _canonical(name: str, first_layer: int) -> str:
-    """A parameter's name with its layer counted over the whole model."""
-    if not name.startswith(_LAYER):
-        return name
-    index, rest = name.removeprefix(_LAYER).split(".", 1)
-    return f"{_LAYER}{int(index) + first_layer}.{rest}"
-
-
 def _as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """The tensor's memory as an array; numpy's own types have no bfloat16."""
-    dtype = WEIGHT_DTYPES[str(tensor.dtype).removeprefix("torch.")]
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(dtype)
+        return tensor.view(torch.int16).numpy().view(WEIGHT_DTYPES["bfloat16"])
     return tensor.numpy()
 
 

@@ -10,6 +10,8 @@ Source: Touvron et al., "LLaMA", https://arxiv.org/abs/2302.13971, section 2.2, 
     https://arxiv.org/abs/2307.09288, section 2.2 (grouped-query attention).
 """
 
+from typing import Any
+
 from ckpt_tools import LlamaConfig
 from npu_kernels import attention, rms_norm, rotary_embedding, swiglu
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from llama_model.cache import KeyValueCache
 from llama_model.errors import RequestError
 from llama_model.layers import Layers, OneDevice
+from llama_model.recompute import Recompute, caller, layer_groups
 from llama_model.rotary import RotaryTables
 
 
@@ -30,6 +33,7 @@ class LlamaModel(nn.Module):
         num_layers: How many are held; the rest from `first_layer` on unless given.
         pre_process: Whether this stage embeds the tokens; otherwise `set_input_tensor` gives its hidden states.
         post_process: Whether it ends in logits; otherwise in hidden states.
+        recompute: What the backward pass computes again; everything is kept unless given.
 
     Raises:
         RequestError: The heads, groups or feed-forward channels do not divide among the tensor-parallel ranks.
@@ -44,6 +48,7 @@ class LlamaModel(nn.Module):
         num_layers: int | None = None,
         pre_process: bool = True,
         post_process: bool = True,
+        recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
         layers = OneDevice(config.init_method_std) if layers is None else layers
@@ -57,7 +62,7 @@ class LlamaModel(nn.Module):
         if pre_process:
             self.embedding = Embedding(config, layers)
         count = config.num_layers - first_layer if num_layers is None else num_layers
-        self.decoder = Decoder(config, layers, first_layer, count, post_process)
+        self.decoder = Decoder(config, layers, first_layer, count, post_process, recompute)
         if post_process:
             self.output_layer = layers.output(config)
         self._input_tensor: Tensor | None = None
@@ -75,17 +80,20 @@ class LlamaModel(nn.Module):
 
         Args:
             tokens: int64 [b, s].
-            position_ids: int64 [b, s]; default 0 to s - 1, or where the rows of `cache` end.
+            position_ids: int64 [b, s], each below `max_position_embeddings`, which is the caller's to see to (looking
+                would wait for the device); default 0 to s - 1, or where the rows of `cache` end. With them, a row of
+                packed documents may be longer than the model has positions.
             labels: int64 [b, s], already shifted: `labels[:, i]` is the token that follows `tokens[:, i]`. -100: none.
             cu_seqlens: int32, from 0 to s: documents packed into one row (b = 1) that do not see each other.
             cache: What the rows hold already; the tokens are added to it.
 
         Returns:
             Logits [b, s, v] of the true vocabulary in the model's type; with labels the loss of each token in nats,
-            fp32 [b, s], 0 where ignored. A stage without `post_process` returns hidden states [s, b, h].
+            fp32 [b, s] (fp64 of an fp64 model), 0 where ignored. A stage without `post_process` returns hidden states
+            [s, b, h].
 
         Raises:
-            RequestError: The sequence is longer than `max_position_embeddings`.
+            RequestError: Without `position_ids`, a sequence that is longer than `max_position_embeddings`.
         """
         x = self.hidden_states(tokens, position_ids=position_ids, cu_seqlens=cu_seqlens, cache=cache)
         if not self.post_process:
@@ -104,6 +112,8 @@ class LlamaModel(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """What the head sees, [s, b, h]: `forward` without it, for callers that need the logits of few positions."""
+        if position_ids is None:
+            self._check_length(tokens.shape[1])
         x = self.embedding(tokens) if self.pre_process else self._input_tensor
         if cache is not None:
             position_ids = cache.positions(tokens.shape[1])
@@ -128,10 +138,19 @@ class LlamaModel(nn.Module):
         shape = (batch_size, num_slots, groups, config.kv_channels)
         return KeyValueCache(len(self.decoder.layers), shape, weight.dtype, weight.device)
 
-    def _tables(self, tokens: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def canonical_name(self, name: str) -> str:
+        """The name that one of this model's parameters has in the whole model: its layers count from the first one."""
+        if not name.startswith("decoder.layers."):
+            return name
+        decoder, layers, index, rest = name.split(".", 3)
+        return f"{decoder}.{layers}.{self.first_layer + int(index)}.{rest}"
+
+    def _check_length(self, count: int) -> None:
         longest = self.architecture.max_position_embeddings
-        if tokens.shape[1] > longest:
-            raise RequestError(f"a sequence of {tokens.shape[1]} tokens: the model has {longest} positions")
+        if count > longest:
+            raise RequestError(f"a sequence of {count} tokens: the model has {longest} positions")
+
+    def _tables(self, tokens: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         if position_ids is None:
             return self.rotary.first(tokens.shape[1], tokens.device)
         return self.rotary.at(position_ids)
@@ -154,10 +173,17 @@ class Decoder(nn.Module):
     """The layers, and the norm behind the last one."""
 
     def __init__(
-        self, config: LlamaConfig, layers: Layers, first_layer: int, num_layers: int, final_norm: bool
+        self,
+        config: LlamaConfig,
+        layers: Layers,
+        first_layer: int,
+        num_layers: int,
+        final_norm: bool,
+        recompute: Recompute | None,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, layers, first_layer, n) for n in range(num_layers))
+        self.layers = nn.ModuleList(Layer(config, layers, first_layer, n, recompute) for n in range(num_layers))
+        self._groups = layer_groups(recompute, num_layers)
         self.final_layernorm = RMSNorm(config, layers) if final_norm else None
 
     def forward(
@@ -169,23 +195,31 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None,
     ) -> Tensor:
         """Hidden states [s, b, h] through every layer."""
-        for layer in self.layers:
-            x = layer(x, tables, positions, cu_seqlens, cache)
+        for group, call in self._groups:
+            x = call(self._through, group, x, tables, positions, cu_seqlens, cache)
         if self.final_layernorm is not None:
             x = self.final_layernorm(x)
+        return x
+
+    def _through(self, group: range, x: Tensor, *context: Any) -> Tensor:
+        for index in group:
+            x = self.layers[index](x, *context)
         return x
 
 
 class Layer(nn.Module):
     """Attention, then the feed-forward network, each on a normed copy and added to the residual stream."""
 
-    def __init__(self, config: LlamaConfig, layers: Layers, first_layer: int, index: int) -> None:
+    def __init__(
+        self, config: LlamaConfig, layers: Layers, first_layer: int, index: int, recompute: Recompute | None
+    ) -> None:
         super().__init__()
         self.layer_number = first_layer + index + 1  # over the whole model, from 1, as megatron-core counts
         self.input_layernorm = RMSNorm(config, layers)
-        self.self_attention = Attention(config, layers, index)
+        self.self_attention = Attention(config, layers, index, recompute)
         self.pre_mlp_layernorm = RMSNorm(config, layers)
         self.mlp = MLP(config, layers)
+        self._call_mlp = caller(recompute, "mlp")
 
     def forward(
         self,
@@ -197,7 +231,7 @@ class Layer(nn.Module):
     ) -> Tensor:
         """[s, b, h] to [s, b, h]."""
         x = x + self.self_attention(self.input_layernorm(x), tables, positions, cu_seqlens, cache)
-        y: Tensor = x + self.mlp(self.pre_mlp_layernorm(x))
+        y: Tensor = x + self._call_mlp(self.mlp, self.pre_mlp_layernorm(x))
         return y
 
 
@@ -208,13 +242,14 @@ class Attention(nn.Module):
     its value head. A tensor-parallel rank holds whole groups.
     """
 
-    def __init__(self, config: LlamaConfig, layers: Layers, index: int) -> None:
+    def __init__(self, config: LlamaConfig, layers: Layers, index: int, recompute: Recompute | None) -> None:
         super().__init__()
         heads, groups, d = config.num_attention_heads, config.num_query_groups, config.kv_channels
         self.index, self.d = index, d
         self.heads_per_group = heads // groups
         self.linear_qkv = layers.column(config.hidden_size, (heads + 2 * groups) * d)
         self.linear_proj = layers.row(heads * d, config.hidden_size)
+        self._call_core = caller(recompute, "core_attn")
 
     def forward(
         self,
@@ -226,12 +261,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[s, b, h] to [s, b, h]."""
         r = self.heads_per_group
-        qkv = self.linear_qkv(x).transpose(0, 1)  # [b, s, g * (r + 2) * d]
-        qkv = qkv.unflatten(-1, (-1, r + 2, self.d))  # [b, s, g, r + 2, d]
-        q, k, v = qkv[..., :r, :].flatten(2, 3), qkv[..., r, :], qkv[..., r + 1, :]  # [b, s, n, d], [b, s, g, d] twice
+        qkv = self.linear_qkv(x).unflatten(-1, (-1, r + 2, self.d))  # [s, b, g, r + 2, d]
+        q, k, v = (part.flatten(2, 3).transpose(0, 1) for part in qkv.split((r, 1, 1), -2))  # [b, s, n or g, d]
         q, k = rotary_embedding(q, k, *tables)
         if cache is None:
-            out = attention(q, k, v, cu_seqlens=cu_seqlens)  # [b, s, n, d]
+            out = self._call_core(attention, q, k, v, cu_seqlens=cu_seqlens)  # [b, s, n, d]
         else:
             assert positions is not None
             out = cache.attend(self.index, q, k, v, positions)

@@ -19,7 +19,8 @@ class RotaryTables:
         length: p, the longest sequence.
 
     Source: Su et al., "RoFormer", https://arxiv.org/abs/2104.09864, section 3.2.2; frequencies and products rounded to
-        fp32 as in transformers' LlamaRotaryEmbedding, so that both networks turn by the very same angles.
+        fp32 as in transformers' LlamaRotaryEmbedding, so that both networks turn by the very same angles, also in
+        fp64.
     """
 
     def __init__(self, channels: int, base: float, length: int) -> None:

@@ -40,19 +40,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llama_model.parallel.adaptor import adapt
-    from llama_model.parallel.building import build_model
+    from llama_model.parallel.building import build_chunks, build_model
     from llama_model.parallel.checkpoint import sharded_state_dict
     from llama_model.parallel.groups import destroy, initialize
 
 _HOME = {
     "adapt": "adaptor",
+    "build_chunks": "building",
     "build_model": "building",
     "destroy": "groups",
     "initialize": "groups",
     "sharded_state_dict": "checkpoint",
 }
 
-__all__ = ["adapt", "build_model", "destroy", "initialize", "sharded_state_dict"]
+__all__ = ["adapt", "build_chunks", "build_model", "destroy", "initialize", "sharded_state_dict"]
 
 
 def __getattr__(name: str) -> object:

@@ -7,6 +7,8 @@ An import hook changes megatron-core's own modules as they load, and nothing of 
 - three functions compare `param.type()` with "torch.cuda.FloatTensor": those constants become the device's;
 - the optimizer takes `FusedAdam` where neither apex nor Transformer Engine is installed: with torch's AdamW,
   megatron-core cannot load a checkpoint of its distributed optimizer;
+- where clipping falls back to torch's norm and to scaling gradients one after another, it gets a norm that is right for
+  large tensors (torch's fp32 norm is off by a thousandth at 20 M numbers on a CPU), and scales them together, in place;
 - the jit fuser, which is torch.compile, is off: no compiler is ever called;
 - its warnings that optional packages are missing, that the CPU's generator changed, and how to set up CUDA's streams
   where there is no CUDA, are not shown.
@@ -57,6 +59,9 @@ OPTIMIZER_NAMES = {
     "optimizer.distrib_optimizer": {"Adam": FusedAdam, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True},
 }
 """Modules of megatron-core and their names, as they would stand there if `FusedAdam` were apex's."""
+
+NORM_ROW = 2**14
+"""Numbers whose squares torch adds up in fp32 on a CPU, 2.6e-8 off; rows are added up in fp64."""
 
 SILENCED = r"(Transformer Engine and )?Apex (are|is) not installed|The following imports from `dynamic_context.py`"
 """Beginnings of the warnings that importing megatron-core gives."""
@@ -144,8 +149,48 @@ def _adapt_module(module: types.ModuleType, device: Device, view: types.ModuleTy
         _redirect(module, name, device, view)
     if name == "jit":
         module.disable_jit_fuser()
+    for function, ours in CLIP_FUNCTIONS.items() if name == "optimizer.clip_grads" else ():
+        if vars(module)[function].__module__ == f"{_PACKAGE}.utils":  # it found no other
+            vars(module)[function] = ours
     if name in OPTIMIZER_NAMES and vars(module)["Adam"].__module__.startswith("torch.optim"):  # it found no other
         vars(module).update(OPTIMIZER_NAMES[name])
+
+
+def _scale_together(chunk_size: int, overflow: torch.Tensor, lists: Sequence[list[torch.Tensor]], scale: float) -> None:
+    """Writes `scale` times the first list's tensors into the second's: apex's `multi_tensor_scale`."""
+    del chunk_size, overflow
+    source, target = lists
+    if any(a is not b for a, b in zip(source, target, strict=True)):
+        torch._foreach_copy_(target, source)
+    torch._foreach_mul_(target, scale)
+
+
+def _norm_together(
+    chunk_size: int, overflow: torch.Tensor, lists: Sequence[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """The L2 norm of all tensors as one vector, fp32 [1]: apex's `multi_tensor_l2norm`."""
+    del chunk_size, overflow
+    assert not per_tensor
+    tensors = [tensor for tensor_list in lists for tensor in tensor_list]
+    if tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(tensors)).norm().view(1), None
+    squares = sum((_square_sum(tensor.detach().flatten()) for tensor in tensors), torch.zeros((), dtype=torch.float64))
+    return squares.sqrt().to(torch.float32).view(1), None
+
+
+def _square_sum(x: torch.Tensor) -> torch.Tensor:
+    """Of a vector on a CPU: an fp64 scalar."""
+    whole = x.numel() // NORM_ROW * NORM_ROW
+    rows = torch.linalg.vector_norm(x[:whole].view(-1, NORM_ROW), dim=1).double()
+    total: torch.Tensor = rows.square().sum() + torch.linalg.vector_norm(x[whole:]).double().square()
+    return total
+
+
+CLIP_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "l2_norm_impl": _norm_together,
+    "multi_tensor_scale_impl": _scale_together,
+}
+"""Where megatron-core takes apex's fused functions, and what stands for its own in their place."""
 
 
 def _redirect(module: types.ModuleType, name: str, device: Device, view: Any) -> None:

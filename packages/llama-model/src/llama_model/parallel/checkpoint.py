@@ -20,7 +20,7 @@ def sharded_state_dict(model: LlamaModel, metadata: dict[str, Any] | None = None
     """Every parameter of this rank with its place in the whole model, for `megatron.core.dist_checkpointing`.
 
     Args:
-        model: Made by `build_model`.
+        model: A chunk made by `build_chunks`.
         metadata: megatron-core's: how the optimizer is sharded and the like.
 
     Returns:

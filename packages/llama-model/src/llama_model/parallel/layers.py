@@ -3,7 +3,7 @@
 s sequence, b batch, h hidden, v vocabulary, t tensor-parallel size.
 """
 
-import math
+from typing import Any
 
 import torch
 from ckpt_tools import LlamaConfig
@@ -12,14 +12,16 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
-    vocab_parallel_cross_entropy,
 )
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-IGNORED = -100
-"""The label of a position without a loss."""
+from llama_model.parallel.linear import linear
+from llama_model.parallel.loss import head_loss
 
 
 class MegatronLayers:
@@ -48,17 +50,18 @@ class MegatronLayers:
 
     def embedding(self, config: LlamaConfig) -> nn.Module:
         """See `Layers.embedding`."""
-        return _Embedding(
+        layer = _Embedding(
             self.padded_vocab_size(config),
             config.hidden_size,
             init_method=self._options.init_method,
             reduce_scatter_embeddings=self._options.sequence_parallel,
             config=self._options,
         )
+        return _split(layer, 0)
 
     def column(self, in_features: int, out_features: int) -> nn.Module:
         """See `Layers.column`."""
-        return _Column(
+        layer = _Column(
             in_features,
             out_features,
             config=self._options,
@@ -66,10 +69,11 @@ class MegatronLayers:
             bias=False,
             gather_output=False,
         )
+        return _split(layer, 0)
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
         """See `Layers.row`."""
-        return _Row(
+        layer = _Row(
             in_features,
             out_features,
             config=self._options,
@@ -78,6 +82,7 @@ class MegatronLayers:
             input_is_parallel=True,
             skip_bias_add=False,
         )
+        return _split(layer, 1)
 
     def output(self, config: LlamaConfig) -> nn.Module:
         """See `Layers.output`."""
@@ -90,7 +95,20 @@ class MegatronLayers:
             gather_output=False,
         )
         layer.set_vocabulary(config.vocab_size, self.tensor_model_parallel_rank)
-        return layer
+        return _split(layer, 0)
+
+
+def _split(layer: nn.Module, dim: int) -> nn.Module:
+    """`layer`, its weight marked as one that the ranks share out: gradient norms would count it once otherwise."""
+    set_tensor_model_parallel_attributes(layer.weight, is_parallel=True, dim=dim, stride=1)
+    return layer
+
+
+def _trains_alone(layer: Any) -> bool:
+    """Whether the layer is this rank's alone and a backward pass follows: megatron-core's own overlaps its products
+    with collectives, where there are any.
+    """
+    return bool(layer.tp_group.size() == 1 and torch.is_grad_enabled() and layer.weight.requires_grad)
 
 
 class _Embedding(VocabParallelEmbedding):  # type: ignore[misc]
@@ -102,12 +120,16 @@ class _Embedding(VocabParallelEmbedding):  # type: ignore[misc]
 
 class _Column(ColumnParallelLinear):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
+        if _trains_alone(self):
+            return linear(x, self.weight)
         y: Tensor = super().forward(x)[0]  # the second is a bias left for the caller to add
         return y
 
 
 class _Row(RowParallelLinear):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
+        if _trains_alone(self):
+            return linear(x, self.weight)
         y: Tensor = super().forward(x)[0]
         return y
 
@@ -116,17 +138,30 @@ class _Output(ColumnParallelLinear):  # type: ignore[misc]
     """The head: each rank computes the logits of its part of the vocabulary."""
 
     def set_vocabulary(self, vocab_size: int, rank: int) -> None:
-        """Notes how many of this rank's rows are padding."""
+        """Notes which rows of the vocabulary this rank holds, and how many of its own are padding."""
         rows: int = self.output_size_per_partition
-        self._vocab_size = vocab_size
-        self._true_rows = max(0, min(rows, vocab_size - rank * rows))
+        self._vocab_size, self._first_row = vocab_size, rank * rows
+        self._true_rows = max(0, min(rows, vocab_size - self._first_row))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is not None:
+            return self._loss(x, labels)
         logits: Tensor = super().forward(x)[0]  # [s, b, v / t], padding among them
-        if labels is None:
-            gathered: Tensor = gather_from_tensor_model_parallel_region(logits)
-            return gathered[..., : self._vocab_size]  # padding stands at the end
-        if self._true_rows < logits.shape[-1]:
-            logits[..., self._true_rows :] = -math.inf  # in place: nothing but this softmax reads them
-        loss: Tensor = vocab_parallel_cross_entropy(logits.float(), labels.contiguous())
-        return loss.masked_fill(labels == IGNORED, 0.0)  # and so no gradient flows from there
+        gathered: Tensor = gather_from_tensor_model_parallel_region(logits)
+        return gathered[..., : self._vocab_size]  # padding stands at the end
+
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        # Whole on every rank; the gradient that comes back is summed over them, to each its part under SP.
+        gather = (
+            gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
+        )
+        x = gather(x, group=self.tp_group)  # [s, b, h]
+        loss = head_loss(
+            x.flatten(0, 1),
+            self.weight,
+            labels.flatten(),
+            true_rows=self._true_rows,
+            first_row=self._first_row,
+            group=self.tp_group,
+        )
+        return loss.view(labels.shape)
