@@ -27,7 +27,7 @@ def main(model: Path, corpus: Path, mmlu: Path, out: Path) -> None:
 
     run = train(
         TrainConfig(
-            data_path=out / "corpus",
+            data_path=(out / "corpus",),
             load_weights=out / "megatron",
             output_dir=out / "run",
             train_iters=10,

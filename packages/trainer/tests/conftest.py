@@ -8,6 +8,8 @@ import pytest
 import sentencepiece
 import torch
 from data_prep import prepare, templates
+from engine_case import GROUPS, make
+from ranks import Ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 WORDS = ["the", "llama", "walks", "over", "high", "grassland", "and", "eats", "dry", "grass", "while", "a", "condor"]
@@ -57,3 +59,16 @@ def workspace(tmp_path_factory) -> Path:
         [home / "tune.jsonl"], home / "tune", tokenizer=hf, append_eod=True, handler_name="GeneralInstructionHandler"
     )
     return home
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Four processes in one group."""
+    with Ranks(4, timeout_s=120) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory):
+    """One engine case for each kind of attention."""
+    return {name: make(tmp_path_factory.mktemp(name), groups) for name, groups in GROUPS.items()}

@@ -1,120 +1,119 @@
-"""Writing a run's folder so that a kill at any moment leaves complete checkpoints and a tracker that names one."""
+"""A run's checkpoints on disk: a kill at any moment leaves complete ones, and a tracker that names one."""
 
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.errors import ConfigError
-from trainer.run import Run
-
-BARRIER = Callable[[], None]
-
-
-def check_output(run: Run, overwrite: bool, reads: Sequence[Path]) -> None:
-    """Refuses a target that exists, and, whatever `overwrite` says, one that is no run or holds what the run `reads`.
-
-    Raises:
-        ConfigError: Naming the folder and the way out.
-    """
-    if not run.path.exists():
-        return
-    if not run.path.is_dir():
-        raise ConfigError(f"{run.path} is a file: choose another --output-dir")
-    if not any(run.path.iterdir()):
-        return
-    if not run.config_file.exists():
-        raise ConfigError(f"{run.path} exists and is no training run: choose another --output-dir")
-    if not overwrite:
-        raise ConfigError(f"{run.path} holds a run: give --overwrite to replace it, or choose another --output-dir")
-    for path in reads:
-        if path.resolve().is_relative_to(run.path.resolve()):
-            raise ConfigError(f"{path} lies in {run.path}, which the run would replace: choose another --output-dir")
+from trainer.engines import Engine, Writing
+from trainer.errors import TrainerError
+from trainer.hashes import write_manifest
+from trainer.run import Run, replace_text, sync
 
 
-def replaced(run: Run) -> Path:
-    """Where the run that this one replaces waits until this one has a checkpoint."""
-    home = run.path.resolve()
-    return home.with_name(f"{home.name}.replaced")
-
-
-def create(run: Run) -> None:
-    """An empty run folder. What `check_output` allowed to be replaced is moved aside; see `forget_replaced`."""
-    home, aside = Run(run.path.resolve()), replaced(run)  # a link stays a link
-    if aside.exists() and home.path.exists():  # a run that replaced another ended early, or is ours to replace too
-        shutil.rmtree(aside if home.tracker.exists() else home.path)
-    if home.path.exists() and any(home.path.iterdir()):
-        home.path.rename(aside)
-    home.checkpoints.mkdir(parents=True)
-
-
-def forget_replaced(run: Run) -> None:
-    """Deletes the run that this one replaced: to be called once this one has a checkpoint."""
-    shutil.rmtree(replaced(run), ignore_errors=True)
-
-
-def commit(
-    run: Run,
-    iteration: int,
-    write: Callable[[Path], None],
-    extras: Callable[[Path], None],
-    *,
-    is_first_rank: bool,
-    barrier: BARRIER,
-) -> Path:
-    """The folder of a checkpoint that all ranks have written: it appears under its name by one rename, then the tracker
-    names it.
+class Checkpoints:
+    """Writes the checkpoints of a run, one at a time. Every method is called by all ranks together.
 
     Args:
-        run: Whose checkpoint it is.
-        iteration: Its number.
-        write: Called by every rank with the unfinished folder.
-        extras: Called by the first rank after every rank is done: config.json and the tokenizer's files.
-        is_first_rank: Whether this rank makes and renames the folder.
+        run: Whose they are.
+        engine: What is written.
+        keep_last: How many stay; 0 for all.
+        in_background: Whether training goes on while the engine's files are written.
+        is_first_rank: Whether this rank makes and renames the folders.
         barrier: Waits for all ranks.
     """
-    final = run.checkpoint(iteration)
-    unfinished = run.checkpoints / f".{final.name}.unfinished"
-    if is_first_rank:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    barrier()
-    write(unfinished)
-    barrier()
-    if is_first_rank:
-        extras(unfinished)
-        _sync_tree(unfinished)
-        unfinished.rename(final)
-        _sync(run.checkpoints)
-        replace_text(run.tracker, str(iteration))
-    barrier()
-    return final
+
+    def __init__(
+        self,
+        run: Run,
+        engine: Engine,
+        *,
+        keep_last: int,
+        in_background: bool,
+        is_first_rank: bool,
+        barrier: Callable[[], None],
+    ) -> None:
+        self._run, self._engine, self._keep_last, self._in_background = run, engine, keep_last, in_background
+        self._first, self._barrier = is_first_rank, barrier
+        self._pending: tuple[Path, Writing] | None = None
+
+    def begin(self, iteration: int, describe: Callable[[Path], None]) -> None:
+        """Begins the checkpoint of `iteration`; the one before it has to be finished.
+
+        Args:
+            iteration: Its number.
+            describe: Called by the first rank with the unfinished folder: adds config.json, the tokenizer's files and
+                how far the run has come.
+
+        Raises:
+            TrainerError: A rank could not write its part.
+        """
+        assert self._pending is None, "finish the checkpoint before"
+        final = self._run.checkpoint(iteration)
+        unfinished = self._run.checkpoints / f".{final.name}.unfinished"
+        if self._first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        self._barrier()
+        if not unfinished.is_dir():
+            raise TrainerError(
+                f"{unfinished} is not there for every rank: --output-dir must lie on a file system that all machines "
+                "share"
+            )
+        self._pending = (final, self._engine.write(unfinished, in_background=self._in_background))
+        if self._first:
+            with _named(unfinished):
+                describe(unfinished)
+
+    def finish(self, *, wait: bool) -> Path | None:
+        """The folder of the checkpoint that has just become whole; None where none is due, or not yet (`wait` waits).
+
+        It appears under its name by one rename, after every rank has written its files and a manifest has their hashes.
+
+        Raises:
+            TrainerError: A rank could not write its part.
+        """
+        if self._pending is None:
+            return None
+        final, writing = self._pending
+        if not writing.finished(wait=wait):
+            return None
+        self._pending = None
+        self._barrier()
+        if self._first:
+            with _named(final):
+                _commit(self._run, final)
+            forget_old(self._run, self._keep_last)
+        self._barrier()
+        return final
 
 
-def copy_files(files: Sequence[Path], folder: Path) -> None:
-    """Copies the tokenizer's files beside the weights, so that the checkpoint is a whole MODEL."""
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Errors of the system with the folder in them.
 
-
-def replace_text(path: Path, text: str) -> None:
-    """`path` holds `text`: the old content or the new at any moment."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, "utf-8")
-    _sync(part)
-    part.replace(path)
-    _sync(path.parent)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    Raises:
+        TrainerError: In their place.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        yield
+    except OSError as error:
+        raise TrainerError(f"rank 0 could not write its part of {folder}: {error.strerror or error}") from error
+
+
+def _commit(run: Run, final: Path) -> None:
+    unfinished = final.with_name(f".{final.name}.unfinished")
+    write_manifest(unfinished)
+    for path in (*unfinished.rglob("*"), unfinished):
+        sync(path)
+    unfinished.rename(final)
+    sync(run.checkpoints)
+    replace_text(run.tracker, str(int(final.name.removeprefix("iter_"))))
+
+
+def forget_old(run: Run, keep_last: int) -> None:
+    """Deletes all checkpoints but the last `keep_last`; none where that is 0."""
+    for iteration in run.iterations()[:-keep_last] if keep_last else ():
+        doomed = run.checkpoint(iteration)
+        aside = doomed.rename(doomed.with_name(f".{doomed.name}.unfinished"))  # never half of one under its name
+        shutil.rmtree(aside)

@@ -10,8 +10,9 @@ import tyro
 from ckpt_tools import commandline
 
 from trainer import launch
-from trainer.config import Options, TrainConfig, partial_default, read_yaml
-from trainer.errors import ConfigError
+from trainer.config import TrainConfig
+from trainer.config_file import Options, options_of_run, partial_default, read_yaml, without_restated_flags
+from trainer.errors import ConfigError, TrainerError
 
 Runs = Annotated[list[Path], tyro.conf.Positional]
 
@@ -19,52 +20,70 @@ Runs = Annotated[list[Path], tyro.conf.Positional]
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of `trainer VERB ...`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if launch.is_rank():
+        launch.end_with_parent()
     try:
-        default = partial_default(_options_of_config_file(arguments))
-    except ConfigError as error:
+        given = _options_of_config_file(arguments)
+    except TrainerError as error:
         print(f"error: {error}", file=sys.stderr)
-        return commandline.USAGE
+        return error.exit_code
     for verb in (pretrain, finetune, describe):  # what --config says is what the flags default to
-        verb.__kwdefaults__ = {**(verb.__kwdefaults__ or {}), "options": default}
+        needless = _NEEDLESS_TO_DESCRIBE if verb is describe else {}
+        verb.__kwdefaults__ = {**(verb.__kwdefaults__ or {}), "options": partial_default({**needless, **given})}
     commands: dict[str, Callable[..., int]] = {
         "pretrain": pretrain,
         "finetune": finetune,
         "describe": describe,
         "report": report,
     }
-    return commandline.run("trainer", "Pretrains and fine-tunes LLaMA-2 on megatron-core.", commands, arguments)
+    summary = "Pretrains and fine-tunes LLaMA-2 on megatron-core."
+    return commandline.run("trainer", summary, commands, without_restated_flags(arguments, partial_default(given)))
+
+
+_NEEDLESS_TO_DESCRIBE = {"data_path": (Path("-"),), "output_dir": Path("-")}
+"""Options that a run must have and its description makes no use of."""
 
 
 def _options_of_config_file(arguments: Sequence[str]) -> dict[str, Any]:
-    """What the file of `--config` says, read before the flags are."""
-    for at, argument in enumerate(arguments):
-        if argument == "--config" and at + 1 < len(arguments):
-            return read_yaml(Path(arguments[at + 1]))
-        if argument.startswith("--config="):
-            return read_yaml(Path(argument.removeprefix("--config=")))
+    """What the file of `--config` says, or the run of `--resume`, read before the flags are."""
+    if config := _value_of("--config", arguments):
+        return read_yaml(Path(config))
+    if resume := _value_of("--resume", arguments):
+        return options_of_run(Path(resume))
     return {}
 
 
-def pretrain(*, options: Options, config: Path | None = None, json: bool = False) -> int:
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    for at, argument in enumerate(arguments):
+        if argument == flag and at + 1 < len(arguments):
+            return arguments[at + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None
+
+
+def pretrain(*, options: Options, config: Path | None = None, dry_run: bool = False, json: bool = False) -> int:
     """Trains on a text data set, with the loss of every token.
 
     Args:
         options: The run's options.
         config: YAML file of options; a flag wins over it.
+        dry_run: Show what `trainer describe` shows, and start and write nothing.
         json: Print the result as JSON.
     """
-    return _run_job(options, "pretrain", json)
+    return _show(options, json) if dry_run else _run_job(options, "pretrain", json)
 
 
-def finetune(*, options: Options, config: Path | None = None, json: bool = False) -> int:
+def finetune(*, options: Options, config: Path | None = None, dry_run: bool = False, json: bool = False) -> int:
     """Trains on an instruction data set (data-prep's `_packed_` files), with the loss of the answers' tokens.
 
     Args:
         options: The run's options.
         config: YAML file of options; a flag wins over it.
+        dry_run: Show what `trainer describe` shows, and start and write nothing.
         json: Print the result as JSON.
     """
-    return _run_job(options, "finetune", json)
+    return _show(options, json) if dry_run else _run_job(options, "finetune", json)
 
 
 def _run_job(options: TrainConfig, kind: Literal["pretrain", "finetune"], json: bool) -> int:
@@ -72,10 +91,12 @@ def _run_job(options: TrainConfig, kind: Literal["pretrain", "finetune"], json: 
     if options.nproc_per_node > 1 and not launch.is_rank():
         _check_before_start(options, kind)
         return launch.start(sys.argv[1:], options.nproc_per_node)
+    from trainer import lost
     from trainer import report as reports
     from trainer.loop import train
 
-    run = train(options, kind)
+    with lost.named(options):
+        run = train(options, kind)
     if launch.is_first_rank():
         _print_runs([reports.summary(run)], json)
     return 0
@@ -83,34 +104,49 @@ def _run_job(options: TrainConfig, kind: Literal["pretrain", "finetune"], json: 
 
 def _check_before_start(options: TrainConfig, kind: str) -> None:
     """Refuses without torch, before any process is started, what can be refused so early."""
-    from ckpt_tools import open_checkpoint
-
-    from trainer import checkpoints
-    from trainer.run import Run
+    from trainer import output
+    from trainer.deepspeed_options import check_installed, deepspeed_options
+    from trainer.start import begin
 
     options.num_microbatches(options.nproc_per_node)
-    with open_checkpoint(options.load_weights) as checkpoint:
-        options.check_model(checkpoint.config)
-    checkpoints.check_output(Run(options.output_dir), options.overwrite, (options.load_weights, options.data_path))
+    if options.mode == "zero":
+        check_installed()
+        deepspeed_options(options, options.nproc_per_node)
+    with begin(options, kind):
+        output.check_output(options)
 
 
-def describe(*, options: Options, config: Path | None = None, json: bool = False) -> int:
-    """Shows what a run would be, and starts nothing: parameters, layout, tokens.
+def describe(
+    *,
+    options: Options,
+    config: Path | None = None,
+    device: str | None = None,
+    nnodes: int = 1,
+    json: bool = False,
+) -> int:
+    """Shows what a run would be, and starts nothing: layout, memory of each rank, communication, FLOPs.
 
     Args:
-        options: The run's options.
+        options: The run's options; the data and the output may be left out.
         config: YAML file of options; a flag wins over it.
+        device: A chip as its driver names it ("NVIDIA H100 80GB HBM3", "Ascend910B3"): adds how long a step takes at
+            its peak, and whether a rank fits its memory.
+        nnodes: Machines, each with `nproc_per_node` processes.
         json: Print it as JSON.
     """
+    if nnodes < 1:
+        raise ConfigError(f"--nnodes {nnodes} must be at least 1")
+    return _show(options, json, nnodes, device)
+
+
+def _show(options: TrainConfig, json: bool, nnodes: int = 1, device: str | None = None) -> int:
+    """Prints the description of a run, once."""
+    from trainer import description
     from trainer.describe import describe as figures_of
 
-    figures = figures_of(options, launch.world_size(options.nproc_per_node))
-    if json:
-        print(jsonlib.dumps(figures))
-        return 0
-    width = max(map(len, figures))
-    for name, value in figures.items():
-        print(f"{name:<{width}}  {value:,}")
+    if launch.is_first_rank():
+        figures = figures_of(options, launch.world_size(nnodes * options.nproc_per_node), device)
+        print(jsonlib.dumps(figures) if json else description.text(figures))
     return 0
 
 

@@ -11,3 +11,9 @@ class ConfigError(TrainerError):
     """The options contradict each other, or what they name: exit code 2. Raised before anything is written."""
 
     exit_code = 2
+
+
+class TerminatedError(TrainerError):
+    """SIGTERM arrived, and the run was saved before it ended: exit code 143, as for any process that it ends."""
+
+    exit_code = 143

@@ -21,10 +21,14 @@ One object a step:
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 from trainer.engines import StepResult
+from trainer.errors import TrainerError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +83,55 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write(file: TextIO, line: dict[str, Any]) -> None:
-    """Appends one record as strict JSON and hands it to the system, so that a killed run keeps it."""
-    file.write(json.dumps(line, allow_nan=False) + "\n")
-    file.flush()
+def perplexity(loss: float) -> float:
+    """E to the loss in nats a token; infinite where that is no float any more."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class Sinks:
+    """Where records go: metrics.jsonl, and TensorBoard where it is asked for."""
+
+    def __init__(self, file: TextIO | None, board: Any | None) -> None:
+        self._file, self._board = file, board
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one record as strict JSON and hands it to the system, so that a killed run keeps it."""
+        if self._file is not None:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, line["step"])
+
+
+@contextmanager
+def sinks(path: Path, tensorboard_dir: Path | None, is_first_rank: bool) -> Iterator[Sinks]:
+    """The open sinks of a run; those of any but the first rank take records and keep none.
+
+    Raises:
+        TrainerError: TensorBoard is asked for and not installed.
+    """
+    if not is_first_rank:
+        yield Sinks(None, None)
+        return
+    board = None if tensorboard_dir is None else _board(tensorboard_dir)
+    with path.open("a", encoding="utf-8") as file:
+        try:
+            yield Sinks(file, board)
+        finally:
+            if board is not None:
+                board.close()
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainerError(
+            "--tensorboard-dir needs TensorBoard: pip install 'puna-trainer[tensorboard]' and its siblings"
+        ) from None
+    return SummaryWriter(str(folder))
 
 
 def console_line(line: dict[str, Any], train_iters: int, eta_s: float) -> str:
@@ -92,6 +141,7 @@ def console_line(line: dict[str, Any], train_iters: int, eta_s: float) -> str:
         "loss n/a" if line["loss"] is None else f"loss {line['loss']:.4f}",
         f"lr {line['lr']:.2e}",
         "grad n/a" if line["grad_norm"] is None else f"grad {line['grad_norm']:.3f}",
+        f"scale {line['loss_scale']:g}",
         f"{line['step_time_s']:.3f} s",
         f"{line['tokens_per_second_per_device']:.0f} tok/s/dev",
         f"{line['model_tflops_per_device']:.3g} TFLOP/s/dev",

@@ -1,6 +1,7 @@
 """A training run on disk: which file of its folder holds what, and reading them back."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,16 @@ class Run:
         """The folder of one checkpoint."""
         return self.checkpoints / f"iter_{iteration:07d}"
 
+    def iterations(self) -> list[int]:
+        """The numbers of the finished checkpoints, from the first to the latest."""
+        names = (path.name.removeprefix("iter_") for path in self.checkpoints.glob("iter_*") if path.is_dir())
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def latest(self) -> Path | None:
+        """The folder of the latest finished checkpoint. A folder has its name only once it is finished."""
+        found = self.iterations()
+        return self.checkpoint(found[-1]) if found else None
+
     def metrics(self) -> list[dict[str, Any]]:
         """Every step's record, in order.
 
@@ -75,6 +86,27 @@ class Run:
             yield record
 
 
+def locate(path: Path) -> tuple[Run, Path | None]:
+    """The run of a path, and the checkpoint that it names: RUN means its latest one, RUN/checkpoints/iter_… itself.
+
+    None where the run has no finished checkpoint.
+
+    Raises:
+        TrainerError: There is no run.
+    """
+    if not path.exists():
+        raise TrainerError(f"no such run: {path}")
+    place = path.resolve()
+    if place.name.startswith("iter_") and place.parent.name == "checkpoints":
+        return Run(place.parent.parent), path
+    if place.name == "checkpoints" and Run(place.parent).config_file.is_file():
+        path = path.parent if path.name == "checkpoints" else place.parent
+    run = Run(path)
+    if not run.checkpoints.is_dir():
+        raise TrainerError(f"{path} is no training run: it holds no checkpoints/")
+    return run, run.latest()
+
+
 def open_run(path: Path) -> Run:
     """The run in `path`.
 
@@ -87,3 +119,21 @@ def open_run(path: Path) -> Run:
     if not run.metrics_file.exists():
         raise TrainerError(f"{path} is no training run: it holds no metrics.jsonl")
     return run
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`path` holds `text`: the old content or the new at any moment."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, "utf-8")
+    sync(part)
+    part.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Returns once the file, or the folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,19 +1,28 @@
-"""The engine of "ptd" mode: megatron-core's data-parallel wrapper, optimizer, schedules and distributed checkpoints
-around Puna's network on its tensor-parallel layers.
+"""The engine of "ptd" mode: megatron-core's data-parallel wrapper, optimizer and pipeline schedules around Puna's
+network on its tensor-parallel layers.
 """
 
+import contextlib
+import itertools
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ckpt_tools import Checkpoint
-from llama_model import load_weights, parallel
+from ckpt_tools import LlamaConfig
+from llama_model import LlamaModel, parallel
 from npu_kernels import Device
 
 from trainer.config import TrainConfig
 from trainer.data import Batch
-from trainer.engines import StepResult
+from trainer.engines import Fill, StepResult, Writing
+from trainer.engines import megatron_state as states
+from trainer.engines.common import all_finite, first_bad, recompute_of, schedule_of
+
+_LOW = 4096
+"""Numbers of tokens travel in two fp32 parts, so that a sum over many ranks stays exact."""
 
 
 class MegatronEngine:
@@ -21,107 +30,135 @@ class MegatronEngine:
 
     Args:
         config: The run's options.
-        checkpoint: Architecture and weights to start from; each rank reads only its slices.
+        model: The architecture.
         device: Where this rank computes.
+        fill: Gives a chunk of the model its weights; called before the optimizer takes its copies.
     """
 
-    def __init__(self, config: TrainConfig, checkpoint: Checkpoint, device: Device) -> None:
+    def __init__(self, config: TrainConfig, model: LlamaConfig, device: Device, fill: Fill) -> None:
         from megatron.core import parallel_state
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
 
         self._config, self._device = config, device.torch_device()
-        self._dp_group = parallel_state.get_data_parallel_group()
         self._num_microbatches = config.num_microbatches(torch.distributed.get_world_size())
-        model = parallel.build_model(
-            checkpoint.config,
-            make_vocab_size_divisible_by=config.make_vocab_size_divisible_by,
-            transformer_options={
-                "bf16": config.bf16,
-                "fp16": config.fp16,
-                "params_dtype": params_dtype(config),
-                # Gradients of every rank are summed, then divided by the global number of labelled tokens.
-                "calculate_per_token_loss": True,
-            },
-        )
-        load_weights(model, checkpoint)
-        self._model = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer
-            ),
+        self._is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        # Of the ranks that share a layer, each knows the whole loss: one of them reports it.
+        self._reports = self._is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+        chunks = parallel.build_chunks(
             model,
+            config.layout,
+            transformer_options=_transformer_options(config, device),
+            recompute=recompute_of(config),
         )
-        self._optimizer = _optimizer(config, self._model)
-        self._schedule = _schedule(config, self._optimizer)
-        options: Any = model.config
-        options.finalize_model_grads_func = finalize_model_grads
-        options.grad_scale_func = self._optimizer.scale_loss
+        for chunk in chunks:
+            fill(chunk, chunk.named_parameters())
+        self._chunks = [_wrap(config, chunk, number) for number, chunk in enumerate(chunks)]
+        self._optimizer = _optimizer(config, self._chunks)
+        self._schedule = schedule_of(config, self._optimizer)
+        _connect(config, self._chunks, self._optimizer)
 
-    def train_step(self, batches: Iterable[Batch]) -> StepResult:
+    @property
+    def chunks(self) -> list[LlamaModel]:
+        """This rank's parts of the model: one, or as many as its stage of a virtual pipeline has."""
+        return [chunk.module for chunk in self._chunks]
+
+    def train_step(self, batches: Iterable[Batch], stop_asked: bool = False) -> StepResult:
         """See `Engine.train_step`."""
-        self._model.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        loss, tokens = self._run(batches, forward_only=False)
+        total = self._run(batches, forward_only=False, stop_asked=stop_asked)
         used_lr = float(self._optimizer.param_groups[0]["lr"])
         loss_scale = float(self._optimizer.get_loss_scale())
         updated, grad_norm, _ = self._optimizer.step()
         if updated:
             self._schedule.step(increment=self._config.global_batch_size)
         return StepResult(
-            loss=loss / max(tokens, 1),
-            loss_tokens=tokens,
-            grad_norm=float(grad_norm or 0.0),
+            loss=total.loss / max(total.tokens, 1),
+            loss_tokens=total.tokens,
+            grad_norm=math.nan if grad_norm is None else float(grad_norm),
             lr=used_lr,
             loss_scale=loss_scale,
             skipped=not updated,
+            bad_microbatch=None if math.isfinite(total.loss) else first_bad(total.per_microbatch[:, 0]),
+            stop_asked=total.stop_asked,
         )
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """See `Engine.evaluate`."""
-        self._model.eval()
+        for chunk in self._chunks:
+            chunk.eval()
         try:
-            with torch.no_grad():
-                return self._run(batches, forward_only=True)
+            with torch.no_grad(), self._whole_weights():
+                total = self._run(batches, forward_only=True)
+                return total.loss, total.tokens
         finally:
-            self._model.train()
+            for chunk in self._chunks:
+                chunk.train()
 
-    def save(self, folder: Path) -> None:
-        """See `Engine.save`: megatron-core's distributed format, keyed as its GPTModel's own."""
-        from megatron.core import dist_checkpointing
+    def has_finite_weights(self) -> bool:
+        """See `Engine.has_finite_weights`."""
+        return all_finite(parameter for chunk in self.chunks for parameter in chunk.parameters())
 
-        metadata = {"singleton_local_shards": False}
-        state = parallel.sharded_state_dict(self._model.module, metadata)
-        try:
-            dist_checkpointing.save(state, str(folder), content_metadata=metadata)
-        finally:
-            _end_manager()
+    def write(self, folder: Path, *, in_background: bool = False) -> Writing:
+        """See `Engine.write`: megatron-core's distributed format, keyed as its GPTModel's own."""
+        from trainer.engines.megatron_writing import begin
 
-    def _run(self, batches: Iterable[Batch], *, forward_only: bool) -> tuple[float, int]:
-        """Summed loss and labelled tokens of the global batch, after megatron-core's schedule has run it."""
+        with self._whole_weights():
+            optimizer = self._optimizer if self._config.save_optimizer else None
+            return begin(folder, *states.to_save(self.chunks, optimizer), in_background=in_background)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine.load`; of another engine's checkpoint, the weights are those that `fill` gave."""
+        if (folder / ".metadata").is_file():
+            states.load(folder, self.chunks, self._optimizer)
+        else:
+            states.load_canonical(folder, self.chunks, self._optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """See `Engine.state`."""
+        return {"schedule_samples": self._schedule.num_steps, **states.progress(self._optimizer)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See `Engine.load_state`."""
+        states.set_progress(self._optimizer, state)
+        self._schedule.num_steps = 0
+        self._schedule.step(increment=state["schedule_samples"])
+
+    # --- a pass over the global batch
+
+    def _run(self, batches: Iterable[Batch], *, forward_only: bool, stop_asked: bool = False) -> "_Total":
+        """megatron-core's schedule over this rank's micro-batches; the sums over all ranks."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        sums = get_forward_backward_func()(
+        stream = iter(batches)
+        first = next(stream)
+        rows, length = first.tokens.shape  # as the stages send hidden states to each other
+        # Every chunk of a virtual pipeline sees the same micro-batches, each at its own time.
+        streams = list(itertools.tee(itertools.chain([first], stream), len(self._chunks)))
+        several = len(self._chunks) > 1
+        reports = get_forward_backward_func()(
             forward_step_func=self._forward_step,
-            data_iterator=iter(batches),
-            model=self._model,
+            data_iterator=streams if several else streams[0],
+            model=self._chunks if several else self._chunks[0],
             num_microbatches=self._num_microbatches,
-            seq_length=self._config.seq_length,
-            micro_batch_size=self._config.micro_batch_size,
+            seq_length=length,
+            micro_batch_size=rows,
             forward_only=forward_only,
         )
-        total = torch.stack([pair["loss and tokens"] for pair in sums]).sum(0)
-        torch.distributed.all_reduce(total, group=self._dp_group)
-        loss, tokens = total.tolist()
-        return loss, int(tokens)
+        return self._total([report["loss and tokens"] for report in reports], stop_asked)
 
     def _forward_step(self, batches: Iterator[Batch], model: Any) -> Any:
         batch = next(batches)
-        labels = batch.labels.to(self._device, non_blocking=True)
-        output = model(batch.tokens.to(self._device, non_blocking=True), labels=labels)
+
+        def here(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(self._device, non_blocking=True)
+
+        output = model(
+            here(batch.tokens),
+            labels=here(batch.labels),
+            position_ids=here(batch.position_ids),
+            cu_seqlens=here(batch.cu_seqlens),
+        )
         tokens = batch.loss_tokens
 
         def loss_and_tokens(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -131,13 +168,76 @@ class MegatronEngine:
 
         return output, loss_and_tokens
 
+    def _total(self, reports: list[torch.Tensor], stop_asked: bool) -> "_Total":
+        """Adds up over all ranks in one all-reduce: the loss, the tokens, and who was asked to stop."""
+        mine = torch.stack(reports) if reports else torch.zeros(0, 2, device=self._device)
+        loss, tokens = mine.sum(0) if self._reports else torch.zeros(2, device=self._device)
+        high = (tokens / _LOW).floor()
+        flag = torch.full_like(loss, float(stop_asked))
+        sums = torch.stack([loss, high, tokens - high * _LOW, flag])
+        torch.distributed.all_reduce(sums)
+        total_loss, high_sum, low_sum, flags = sums.tolist()
+        return _Total(total_loss, int(high_sum) * _LOW + int(low_sum), flags > 0, mine)
 
-def params_dtype(config: TrainConfig) -> torch.dtype:
-    """What weights and activations are kept in."""
-    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    @contextlib.contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """Where gathering the new weights overlaps with the next forward pass: gathers them now."""
+        if not self._config.overlap_param_gather:
+            yield
+            return
+        for chunk in self._chunks:
+            chunk.disable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self._chunks:
+                chunk.enable_forward_pre_hook()
 
 
-def _optimizer(config: TrainConfig, model: Any) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Total:
+    """What a pass over the global batch added up to."""
+
+    loss: float
+    tokens: int
+    stop_asked: bool
+    per_microbatch: torch.Tensor
+    """This rank's losses and labelled tokens, [m, 2]."""
+
+
+# --- megatron-core's parts from the run's options --------------------------------------------------------------------
+
+
+def _transformer_options(config: TrainConfig, device: Device) -> dict[str, Any]:
+    return {
+        "bf16": config.bf16,
+        "fp16": config.fp16,
+        "params_dtype": getattr(torch, config.dtype),
+        "sequence_parallel": config.sequence_parallel,
+        "perform_initialization": False,  # `fill` does
+        # A device's stream has sent an output before its memory is used again; gloo reads it whenever it comes to it.
+        "deallocate_pipeline_outputs": config.pipeline_model_parallel_size > 1 and device.type != "cpu",
+        "overlap_p2p_comm": config.num_layers_per_virtual_pipeline_stage is not None,
+        # Gradients of every rank are summed, then divided by the global number of labelled tokens.
+        "calculate_per_token_loss": True,
+    }
+
+
+def _wrap(config: TrainConfig, chunk: LlamaModel, number: int) -> Any:
+    """megatron-core's data-parallel wrapper: gradients in one fp32 buffer, reduced over the copies of the model."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
+    )
+    # Only the first chunk's backward pass ends the step: the others' gradients are reduced in one piece.
+    return DistributedDataParallel(chunk.config, options, chunk, disable_bucketing=number > 0)
+
+
+def _optimizer(config: TrainConfig, chunks: list[Any]) -> Any:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     options = OptimizerConfig(
@@ -148,40 +248,32 @@ def _optimizer(config: TrainConfig, model: Any) -> Any:
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
         adam_eps=config.adam_eps,
-        clip_grad=config.clip_grad,
+        clip_grad=config.clip_grad or math.inf,  # with 0 megatron-core would not compute the norm either
         bf16=config.bf16,
         fp16=config.fp16,
-        params_dtype=params_dtype(config),
-        initial_loss_scale=2.0**16,
+        params_dtype=getattr(torch, config.dtype),
+        initial_loss_scale=config.initial_loss_scale,
+        min_loss_scale=config.min_loss_scale,
+        loss_scale_window=config.loss_scale_window,
+        hysteresis=config.hysteresis,
         use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_param_gather=config.overlap_param_gather,
     )
-    return get_megatron_optimizer(options, [model])
+    return get_megatron_optimizer(options, chunks)
 
 
-def _schedule(config: TrainConfig, optimizer: Any) -> Any:
-    """Megatron's schedule, counted in samples: the first step of a warm-up has the rate 0."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+def _connect(config: TrainConfig, chunks: list[Any], optimizer: Any) -> None:
+    """Tells megatron-core's schedules what to do at the end of a pass, and when to talk to the other copies."""
+    from megatron.core.distributed import finalize_model_grads
 
-    samples = config.global_batch_size
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=config.lr_warmup_iters * samples,
-        lr_decay_steps=config.decay_iters * samples,
-        lr_decay_style=config.lr_decay_style,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=config.train_iters * samples,
-        wd_incr_style="constant",
-    )
-
-
-def _end_manager() -> None:
-    """Ends the process that megatron-core starts for a save: it would outlive a rank that is killed later."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    queue, filesystem_async._results_queue = filesystem_async._results_queue, None
-    if queue is not None:
-        queue._manager.shutdown()
+    several = len(chunks) > 1
+    for chunk in chunks:
+        options = chunk.config
+        options.finalize_model_grads_func = finalize_model_grads
+        options.grad_scale_func = optimizer.scale_loss
+        if config.overlap_grad_reduce:
+            options.no_sync_func = [part.no_sync for part in chunks] if several else chunk.no_sync
+        if config.overlap_grad_reduce and several:
+            options.grad_sync_func = [part.start_grad_sync for part in chunks]
+        if config.overlap_param_gather and several:
+            options.param_sync_func = [part.start_param_sync for part in chunks]

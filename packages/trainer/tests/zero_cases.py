@@ -1,0 +1,81 @@
+"""What the ranks of zero mode's tests run; imported by their processes."""
+
+import contextlib
+
+import rank_cases
+import torch
+
+
+def whole(engine):
+    """Every parameter of this rank's part of the model, by canonical name; what ZeRO shares out is gathered."""
+    import deepspeed
+
+    for name, parameter in engine.chunks[0].named_parameters():
+        shared = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter]) if shared else contextlib.nullcontext():
+            yield name, parameter.detach().clone()
+
+
+def train(case, options):
+    """Loss and norm of every step, and the worst error of a weight after the last."""
+    with rank_cases.Trainer(case.folder, mode="zero", **options) as trainer:
+        steps = [trainer.step(*batch) for batch in case.batches]
+        history = [(step.loss, step.grad_norm) for step in steps]
+        weights = rank_cases.errors(trainer, dict(whole(trainer.engine)), case.weights, relative=False)
+        return history, max(weights.values())
+
+
+def evaluated(case, options):
+    """The validation loss a token of the first batch, and the training loss of the same."""
+    with rank_cases.Trainer(case.folder, mode="zero", **options) as trainer:
+        loss, tokens = trainer.engine.evaluate(trainer.batches(*case.batches[0]))
+        step = trainer.step(*case.batches[0], stop=torch.distributed.get_rank() == 0)
+        return loss / tokens, step.loss, step.stop_asked
+
+
+def bytes_held(case, options):
+    """Bytes of weights, gradients and optimizer state on this rank, from its tensors.
+
+    Gradients are counted between two micro-batches: at the end of a step every stage keeps this rank's share only.
+    """
+    with rank_cases.Trainer(case.folder, mode="zero", **options) as trainer:
+        engine = trainer.engine
+        inner, batches = engine._engine, trainer.batches(*case.batches[0])
+        inner.backward(engine._loss(next(batches)), scale_wrt_gas=False)
+        assert not inner.is_gradient_accumulation_boundary()
+        parameters = list(engine.chunks[0].parameters())
+        weights = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
+        # Stage 1 puts the sum of several micro-batches aside.
+        gradients = [getattr(parameter, name, None) for parameter in parameters for name in ("grad", "grad_accum")]
+        gradients = [gradient for gradient in gradients if gradient is not None]
+        if hasattr(inner.optimizer, "grad_partitions_flat_buffer"):  # of stage 3
+            gradients.append(inner.optimizer.grad_partitions_flat_buffer)
+        elif engine._config.zero_stage == 2:
+            gradients += [gradient for group in inner.optimizer.all_grad_tensors.values() for gradient in group or ()]
+        held = {"weights": size(weights), "gradients": size(gradients)}
+        inner.step()
+        for batch in batches:
+            inner.backward(engine._loss(batch), scale_wrt_gas=False)
+            inner.step()
+        states = inner.optimizer.optimizer.state
+        return held | {"optimizer": size([tensor for state in states.values() for tensor in state.values()])}
+
+
+def size(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.dim())
+
+
+def saved_again(case, options, source, home):
+    """Resumes a checkpoint of any engine and saves it at once; the engine's state."""
+    with rank_cases.Trainer(case.folder, resume=source, **options) as trainer:
+        rank_cases.load(trainer, source)
+        rank_cases.save(trainer, home, 3).finish(wait=True)
+        return trainer.engine.state()
+
+
+def opened_by_deepspeed(case, options, source):
+    """The last ten steps after DeepSpeed's own loader has read the folder."""
+    with rank_cases.Trainer(case.folder, mode="zero", **options) as trainer:
+        path, _ = trainer.engine._engine.load_checkpoint(str(source.parent), tag=source.name)
+        assert path is not None
+        return rank_cases.history_of(trainer, case.batches[3:13])
