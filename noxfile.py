@@ -104,6 +104,15 @@ def tests(session: nox.Session, package: str) -> None:
 
 
 @nox.session
+def matrix(session: nox.Session) -> None:
+    """The trainer in every layout up to 8 processes against Hugging Face: a table in benchmarks/. Half an hour."""
+    session.install(*CONSTRAINTS, *folders("trainer"), *test_group("trainer"))
+    session.chdir("packages/trainer")
+    table = ["../../benchmarks/ptd_matrix.md"]
+    session.run("python", "tests/matrix.py", *(session.posargs or table), env={"PYTHONPATH": "../llama-model/tests"})
+
+
+@nox.session
 def npu_contract(session: nox.Session) -> None:
     """Every call to Ascend's ops, llama-model and trainer on the real torch_npu over an emulated CANN.
 
