@@ -105,7 +105,7 @@ def tests(session: nox.Session, package: str) -> None:
 
 @nox.session
 def matrix(session: nox.Session) -> None:
-    """The trainer in every layout up to 8 processes against Hugging Face: a table in benchmarks/. Half an hour."""
+    """The trainer in every layout up to 8 processes against Hugging Face: a table in benchmarks/. Ten minutes."""
     session.install(*CONSTRAINTS, *folders("trainer"), *test_group("trainer"))
     session.chdir("packages/trainer")
     table = ["../../benchmarks/ptd_matrix.md"]
