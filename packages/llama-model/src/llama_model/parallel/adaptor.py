@@ -36,9 +36,9 @@ from llama_model.errors import ModelError, RequestError
 from llama_model.parallel.fused_adam import FusedAdam
 
 TOUCHED = ("sys.meta_path", "warnings.filters", "torch.Tensor.cuda")
-"""Every name outside megatron-core that is changed: the hook itself; one more filter, for torch's notice that functions
-of torch.distributed which megatron-core calls got new names; and, only where there is no CUDA device and `Tensor.cuda`
-could do nothing but raise, that method, which moves to the device at hand.
+"""Every name outside megatron-core that is changed: the hook; two more filters, for torch's notices that functions
+of torch.distributed which megatron-core calls got new names, and that it asks views for gradients; and, only where there
+is no CUDA device and `Tensor.cuda` could do nothing but raise, that method, which moves to the device at hand.
 """
 
 FACTORIES = ("autocast", "empty", "empty_like", "ones", "tensor", "zeros")
@@ -99,6 +99,8 @@ def adapt(device: Device | None = None) -> None:
         raise RequestError("megatron-core on the CPU of a machine with CUDA: hide its GPUs (CUDA_VISIBLE_DEVICES='')")
     sys.meta_path.insert(0, _Finder(device))
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Its fp32 distributed optimizer asks views of weights whether they have gradients.
+    warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", module="megatron")
     if not torch.cuda.is_available():
         torch.Tensor.cuda = _to_device(device)  # type: ignore[method-assign]
 
