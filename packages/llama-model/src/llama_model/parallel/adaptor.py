@@ -37,8 +37,8 @@ from llama_model.parallel.fused_adam import FusedAdam
 
 TOUCHED = ("sys.meta_path", "warnings.filters", "torch.Tensor.cuda")
 """Every name outside megatron-core that is changed: the hook; two more filters, for torch's notices that functions
-of torch.distributed which megatron-core calls got new names, and that it asks views for gradients; and, only where there
-is no CUDA device and `Tensor.cuda` could do nothing but raise, that method, which moves to the device at hand.
+of torch.distributed which megatron-core calls got new names, and that it asks views for gradients; and, only where
+there is no CUDA device and `Tensor.cuda` could do nothing but raise, that method, which moves to the device at hand.
 """
 
 FACTORIES = ("autocast", "empty", "empty_like", "ones", "tensor", "zeros")
