@@ -1,5 +1,6 @@
 """What both engines make of the run's options, and what their ranks tell each other."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,9 +50,9 @@ def schedule_of(config: TrainConfig, optimizer: Any) -> Any:
 def all_finite(parameters: Iterable[torch.Tensor]) -> bool:
     """Whether every number of all ranks' parameters is finite; of a partitioned one each rank looks at its own part."""
     held = (getattr(parameter, "ds_tensor", parameter) for parameter in parameters)
-    mine = torch.stack([tensor.isfinite().all() for tensor in held]).all().to(torch.int32)
-    distributed.all_reduce(mine, op=distributed.ReduceOp.MIN)
-    return bool(mine)
+    mine = torch.stack([tensor.detach().mul(0).float().sum() for tensor in held]).sum()  # 0 times inf is no number
+    distributed.all_reduce(mine)
+    return math.isfinite(float(mine))
 
 
 def first_bad(losses: torch.Tensor) -> int | None:
