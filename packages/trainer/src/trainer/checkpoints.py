@@ -35,7 +35,7 @@ class Checkpoints:
     ) -> None:
         self._run, self._engine, self._keep_last, self._in_background = run, engine, keep_last, in_background
         self._first, self._barrier = is_first_rank, barrier
-        self._pending: tuple[Path, Writing] | None = None
+        self._pending: tuple[int, Writing] | None = None
 
     def begin(self, iteration: int, describe: Callable[[Path], None]) -> None:
         """Begins the checkpoint of `iteration`; the one before it has to be finished.
@@ -49,8 +49,7 @@ class Checkpoints:
             TrainerError: A rank could not write its part.
         """
         assert self._pending is None, "finish the checkpoint before"
-        final = self._run.checkpoint(iteration)
-        unfinished = self._run.checkpoints / f".{final.name}.unfinished"
+        unfinished = self._run.unfinished(iteration)
         if self._first:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -60,7 +59,7 @@ class Checkpoints:
                 f"{unfinished} is not there for every rank: --output-dir must lie on a file system that all machines "
                 "share"
             )
-        self._pending = (final, self._engine.write(unfinished, in_background=self._in_background))
+        self._pending = (iteration, self._engine.write(unfinished, in_background=self._in_background))
         if self._first:
             with _named(unfinished):
                 describe(unfinished)
@@ -75,14 +74,15 @@ class Checkpoints:
         """
         if self._pending is None:
             return None
-        final, writing = self._pending
+        iteration, writing = self._pending
+        final = self._run.checkpoint(iteration)
         if not writing.finished(wait=wait):
             return None
         self._pending = None
         self._barrier()
         if self._first:
             with _named(final):
-                _commit(self._run, final)
+                _commit(self._run, iteration)
             forget_old(self._run, self._keep_last)
         self._barrier()
         return final
@@ -101,19 +101,18 @@ def _named(folder: Path) -> Iterator[None]:
         raise TrainerError(f"rank 0 could not write its part of {folder}: {error.strerror or error}") from error
 
 
-def _commit(run: Run, final: Path) -> None:
-    unfinished = final.with_name(f".{final.name}.unfinished")
+def _commit(run: Run, iteration: int) -> None:
+    unfinished = run.unfinished(iteration)
     write_manifest(unfinished)
     for path in (*unfinished.rglob("*"), unfinished):
         sync(path)
-    unfinished.rename(final)
+    unfinished.rename(run.checkpoint(iteration))
     sync(run.checkpoints)
-    replace_text(run.tracker, str(int(final.name.removeprefix("iter_"))))
+    replace_text(run.tracker, str(iteration))
 
 
 def forget_old(run: Run, keep_last: int) -> None:
     """Deletes all checkpoints but the last `keep_last`; none where that is 0."""
     for iteration in run.iterations()[:-keep_last] if keep_last else ():
-        doomed = run.checkpoint(iteration)
-        aside = doomed.rename(doomed.with_name(f".{doomed.name}.unfinished"))  # never half of one under its name
+        aside = run.checkpoint(iteration).rename(run.unfinished(iteration))  # never half of one under its name
         shutil.rmtree(aside)

@@ -51,6 +51,10 @@ class Run:
         """The folder of one checkpoint."""
         return self.checkpoints / f"iter_{iteration:07d}"
 
+    def unfinished(self, iteration: int) -> Path:
+        """Where that checkpoint lies as long as it is being written, or once it is being deleted."""
+        return self.checkpoints / f".{self.checkpoint(iteration).name}.unfinished"
+
     def iterations(self) -> list[int]:
         """The numbers of the finished checkpoints, from the first to the latest."""
         names = (path.name.removeprefix("iter_") for path in self.checkpoints.glob("iter_*") if path.is_dir())

@@ -1,7 +1,7 @@
 """What both engines make of the run's options, and what their ranks tell each other."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from llama_model import Recompute
 from torch import distributed
 
 from trainer.config import TrainConfig
+from trainer.data import Batch
 
 
 def recompute_of(config: TrainConfig) -> Recompute | None:
@@ -44,6 +45,22 @@ def schedule_of(config: TrainConfig, optimizer: Any) -> Any:
         end_wd=config.weight_decay,
         wd_incr_steps=config.train_iters * samples,
         wd_incr_style="constant",
+    )
+
+
+def loss_of_tokens(model: Callable[..., torch.Tensor], batch: Batch, device: torch.device) -> torch.Tensor:
+    """What a wrapped model makes of a micro-batch: fp32 [b, s], 0 where there is no loss; hidden states [s, b, h] of a
+    pipeline stage that is not the last.
+    """
+
+    def here(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(device, non_blocking=True)
+
+    return model(
+        here(batch.tokens),
+        labels=here(batch.labels),
+        position_ids=here(batch.position_ids),
+        cu_seqlens=here(batch.cu_seqlens),
     )
 
 

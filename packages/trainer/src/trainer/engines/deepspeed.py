@@ -26,7 +26,7 @@ from trainer.data import Batch
 from trainer.deepspeed_options import check_installed, deepspeed_options
 from trainer.engines import Fill, StepResult, Writing
 from trainer.engines import deepspeed_state as states
-from trainer.engines.common import all_finite, first_bad, recompute_of, schedule_of
+from trainer.engines.common import all_finite, first_bad, loss_of_tokens, recompute_of, schedule_of
 from trainer.errors import ConfigError, TrainerError
 from trainer.hashes import leave_hashes
 
@@ -160,17 +160,7 @@ class DeepSpeedEngine:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a micro-batch's labelled tokens."""
-
-        def here(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(self._device, non_blocking=True)
-
-        per_token: torch.Tensor = self._engine(
-            here(batch.tokens),
-            labels=here(batch.labels),
-            position_ids=here(batch.position_ids),
-            cu_seqlens=here(batch.cu_seqlens),
-        )
-        return per_token.float().sum()
+        return loss_of_tokens(self._engine, batch, self._device).float().sum()
 
     def _grad_norm(self) -> float:
         """Before clipping. DeepSpeed says -1 where it is no number."""

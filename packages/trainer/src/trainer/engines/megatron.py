@@ -19,7 +19,7 @@ from trainer.config import TrainConfig
 from trainer.data import Batch
 from trainer.engines import Fill, StepResult, Writing
 from trainer.engines import megatron_state as states
-from trainer.engines.common import all_finite, first_bad, recompute_of, schedule_of
+from trainer.engines.common import all_finite, first_bad, loss_of_tokens, recompute_of, schedule_of
 
 _LOW = 4096
 """Numbers of tokens travel in two fp32 parts, so that a sum over many ranks stays exact."""
@@ -150,15 +150,7 @@ class MegatronEngine:
     def _forward_step(self, batches: Iterator[Batch], model: Any) -> Any:
         batch = next(batches)
 
-        def here(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(self._device, non_blocking=True)
-
-        output = model(
-            here(batch.tokens),
-            labels=here(batch.labels),
-            position_ids=here(batch.position_ids),
-            cu_seqlens=here(batch.cu_seqlens),
-        )
+        output = loss_of_tokens(model, batch, self._device)
         tokens = batch.loss_tokens
 
         def loss_and_tokens(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
