@@ -61,7 +61,7 @@ def test_files_are_as_they_should_be_and_lead_back(drawn, dtype):
         source = write_hf(root / "hf", config, state)
         convert(source, root / "split", to=form, layout=layout)
         check_files(root / "split", config, form, layout, state)
-        convert(root / "split", root / "back", to="hf", qkv_order="megatron")
+        convert(root / "split", root / "back", to="hf")
         back = read_hf(root / "back")
         assert back.keys() == state.keys()
         assert all(same_bits(back[name], state[name]) for name in state)
@@ -78,13 +78,16 @@ def check_files(folder, config, form, layout, state):
     divisor = layout.make_vocab_size_divisible_by or (1 if form == "megatron-core" else 128)
     padded = -(-(config.vocab_size + layout.added_token_num) // (tp * divisor)) * tp * divisor
     padded_state = {name: padded_table(name, tensor, padded) for name, tensor in state.items()}
+    two_orders = naming != "megatron-core" and tp < config.num_query_groups < config.num_attention_heads
     for t, p in itertools.product(range(tp), range(pp)):
         content = torch.load(file_of(folder, form, t, p, pp), weights_only=form != "megatron-core")
         chunks = chunks_of(config.num_layers, layout)[p]
         root = "module" if form == "deepspeed" else "model"
         roots = [root] if len(chunks) == 1 else [f"{root}{n}" for n in range(len(chunks))]
         others = {"deepspeed": {"checkpoint_version", "dp_world_size"}, "megatron-core": {"args", "iteration"}}
-        assert content.keys() == {*roots, "checkpoint_version", *others.get(form, ())}
+        order = {"qkv_order"} if two_orders else set()
+        assert content.keys() == {*roots, "checkpoint_version", *others.get(form, ()), *order}
+        assert content.get("qkv_order", "megatron") == "megatron"
         for key, layers in zip(roots, chunks, strict=True):
             if naming == "megatron-core":
                 expected = megatron_state(padded_state, config, layers, tp, t)
@@ -196,7 +199,7 @@ def test_any_to_any(first, second):
         root = Path(folder)
         source = write_hf(root / "hf", config, hf_state(config))
         convert(source, root / "one", to=one, layout=layout)
-        convert(root / "one", root / "other", to=other, layout=wanted, qkv_order="megatron")
+        convert(root / "one", root / "other", to=other, layout=wanted)
         convert(source, root / "straight", to=other, layout=wanted)
         files = [sorted(path for path in (root / name).rglob("*.pt")) for name in ("other", "straight")]
         assert len(files[0]) == len(files[1]) > 0
@@ -262,8 +265,9 @@ class TestOrderOfHeads:
         ours = tmp_path / "ours"
         written = convert(self.source, ours, to="ascendspeed")
         assert "Megatron's order" in written.notes[0]
-        assert verify(ours, self.source, qkv_order="megatron") == []
-        assert verify(ours, self.source, qkv_order="ascendspeed") != []
+        assert verify(ours, self.source) == []  # its files say so
+        with pytest.raises(UsageError, match=r"given as ascendspeed, .* says megatron"):
+            verify(ours, self.source, qkv_order="ascendspeed")
         convert(self.source, tmp_path / "core", to="megatron-core")  # which has one order, whatever is said
         assert verify(mixed, tmp_path / "core", config=self.source, qkv_order="ascendspeed") == []
 
@@ -272,7 +276,7 @@ class TestOrderOfHeads:
         assert verify(tmp_path / "back", self.source) == []
         convert(self.source, tmp_path / "ours", to="ascendspeed")
         reshard(tmp_path / "ours", tmp_path / "resharded", Layout(), reference=self.source)
-        assert verify(tmp_path / "resharded", self.source, qkv_order="megatron") == []
+        assert verify(tmp_path / "resharded", self.source) == []
         trained = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in self.state.items()}
         near = write_hf(tmp_path / "near", self.CONFIG, trained)
         convert(mixed, tmp_path / "by-near", to="hf", config=self.source, reference=near)
@@ -400,15 +404,14 @@ def test_layouts_that_are_impossible(model, tmp_path, to, layout, said):
 def test_resharding_keeps_the_names(model, tmp_path):
     merged = Layout(merge_mlp=True, naming="ascendspeed-flat")
     convert(model, tmp_path / "zero", to="deepspeed", layout=merged)
-    order = {"qkv_order": "megatron"}
-    reshard(tmp_path / "zero", tmp_path / "two", Layout(tensor_model_parallel_size=2), **order)
+    reshard(tmp_path / "zero", tmp_path / "two", Layout(tensor_model_parallel_size=2))
     found = inspect(tmp_path / "two")
     assert (found["naming"], found["merge_mlp"]) == ("ascendspeed-flat", True)
     with pytest.raises(UsageError, match="has the names of ascendspeed-flat"):
-        reshard(tmp_path / "zero", tmp_path / "x", Layout(naming="ascendspeed"), **order)
+        reshard(tmp_path / "zero", tmp_path / "x", Layout(naming="ascendspeed"))
     convert(model, tmp_path / "apart", to="ascendspeed")
     with pytest.raises(UsageError, match="has gate and up projection apart"):
-        reshard(tmp_path / "apart", tmp_path / "x", Layout(merge_mlp=True), **order)
+        reshard(tmp_path / "apart", tmp_path / "x", Layout(merge_mlp=True))
 
 
 def test_the_70b_recipe_at_scaled_widths(tmp_path):

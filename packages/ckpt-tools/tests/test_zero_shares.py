@@ -1,5 +1,6 @@
 """ZeRO's flat shares of the optimizer's state, cut here as DeepSpeed cuts them: any sizes, no parameter at a border."""
 
+import shutil
 import sys
 import types
 from dataclasses import dataclass
@@ -136,6 +137,29 @@ def test_a_missing_share_is_named(tmp_path, config, values):
         (folder / "zero_pp_rank_2_mp_rank_01_optim_states.pt").unlink()
         with pytest.raises(CheckpointError, match="rank 2 of 3, tensor-parallel rank 1"):
             open_checkpoint(folder, config, part="exp_avg")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_shares_of_two_checkpoints_are_refused(tmp_path, config, values, stage):
+    folder, other = (write(tmp_path / str(count), config, values, 1, count, stage) for count in (2, 3))
+    share = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    (folder / share).write_bytes((other / share).read_bytes())
+    with pytest.raises(CheckpointError, match=r"is one of 2 shares, .* one of 3"):
+        open_checkpoint(folder, config, part="exp_avg")
+
+
+@pytest.mark.parametrize(("count", "words"), [(10**15, "lacks the share"), (None, "elements of group 0, expected")])
+def test_a_number_of_shares_that_is_wrong_is_refused(tmp_path, config, values, count, words):
+    folder = write(tmp_path / "run", config, values, 1, 3, 3)
+    for path in sorted(folder.glob("*_optim_states.pt")):
+        content = torch.load(path, weights_only=False)
+        content["optimizer_state_dict"]["partition_count"] = count
+        torch.save(content, path)
+    if count is None:
+        for path in folder.glob("zero_pp_rank_2_*"):  # one that is there twice, under a number too many
+            shutil.copy(path, folder / path.name.replace("rank_2", "rank_3"))
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(folder, config, part="exp_avg")
 
 
 def test_an_address_that_leads_out_of_its_file_is_refused(tmp_path, config, values):

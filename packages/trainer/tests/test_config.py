@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from trainer import TrainConfig
-from trainer.config_file import partial_default, read_yaml, without_restated_flags, write_yaml
+from trainer.config_file import options_of_run, partial_default, read_yaml, without_restated_flags, write_yaml
 from trainer.errors import ConfigError
 
 NEEDED = dict(
@@ -52,6 +52,18 @@ def test_the_resolved_configuration_is_a_valid_one(tmp_path):
     again = TrainConfig(**read_yaml(tmp_path / "config.yaml"))
     paths = {name: NEEDED[name].absolute() for name in ("load_weights", "output_dir")}
     assert again == dataclasses.replace(config, data_path=(Path("data").absolute(),), **paths)
+
+
+def test_a_run_that_changes_its_mode_leaves_the_options_of_the_old_one_behind(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    ptd = dict(sequence_parallel=True, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    write_yaml(TrainConfig(**NEEDED, **ptd, use_distributed_optimizer=True), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="--sequence-parallel is for --mode ptd"):
+        TrainConfig(**options_of_run(tmp_path) | {"mode": "zero"})
+    config = TrainConfig(**options_of_run(tmp_path, "zero") | {"mode": "zero", "zero_stage": 3})
+    assert config.tensor_model_parallel_size == 2
+    write_yaml(config, tmp_path / "config.yaml")
+    assert TrainConfig(**options_of_run(tmp_path, "ptd") | {"mode": "ptd"}).zero_stage == 2
 
 
 def test_what_a_file_leaves_open_stays_required():

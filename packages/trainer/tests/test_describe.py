@@ -106,6 +106,7 @@ def test_recipes_are_described_without_data_weights_or_torch(name, size, nnodes)
     assert len(table) == 1 + nnodes
     assert len({len(line) for line in table}) == 1
     assert ("0 | 1 | ... | 7" if "zero" in name else f"{8 * nnodes - 8}-{8 * nnodes - 1}") in table[-1]
+    assert ("(ZeRO stage 2)" in done.stdout) == ("zero" in name)
 
 
 # --- exact bytes against megatron-core -------------------------------------------------------------------------------

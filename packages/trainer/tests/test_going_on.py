@@ -226,7 +226,7 @@ def test_weights_that_are_no_numbers_are_never_saved(workspace, tmp_path, case):
     assert not open_run(out).iterations()
 
 
-@pytest.mark.parametrize("mode", [[], ["--async-save"]])
+@pytest.mark.parametrize("mode", [[], ["--async-save"], ["--mode", "zero"]], ids=lambda mode: " ".join(mode) or "ptd")
 def test_a_disk_that_is_full_is_one_line(workspace, tmp_path, mode):
     """A limit on the size of files stands for it: the system refuses to write on, as it does then."""
     out = tmp_path / "run"

@@ -95,6 +95,16 @@ def test_output_that_exists_needs_overwrite_and_must_be_a_run(run, tmp_path):
         output.check_output(config_of(run.path, overwrite=True, load_weights=run.path))
 
 
+def test_a_run_that_failed_before_its_first_step_is_in_nobodys_way(tmp_path):
+    config = config_of(tmp_path / "run")
+    output.create(config)
+    output.check_output(config)
+    output.create(config)
+    (tmp_path / "run.replaced" / "checkpoints" / "iter_0000001").mkdir()
+    with pytest.raises(ConfigError, match="--overwrite to replace it"):
+        output.check_output(config)
+
+
 def test_a_folder_of_the_users_is_never_taken_for_a_replaced_run(run, tmp_path):
     shutil.copytree(run.path, tmp_path / "run.replaced")
     with pytest.raises(ConfigError, match=r"run\.replaced is in the way"):

@@ -5,6 +5,8 @@ Stage 3 changes torch's functions in the processes that it runs in: they are thi
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import engine_case
 import numpy as np
@@ -14,8 +16,7 @@ import zero_cases
 from ckpt_tools import LlamaConfig, convert, open_checkpoint
 from ranks import Ranks
 from test_parity import LOSS, NORM, WEIGHT
-from trainer import deepspeed_options as deepspeed_options_module
-from trainer.deepspeed_options import check_installed, deepspeed_options
+from trainer import deepspeed_options
 from trainer.errors import ConfigError
 
 TP2 = dict(tensor_model_parallel_size=2)
@@ -103,6 +104,12 @@ def test_the_gradient_is_clipped(pools, case, stage):
 def test_bfloat16_stays_near(pools, case, stage, layout):
     for history, _ in pools[4].run(zero_cases.train, case, dict(zero_stage=stage, bf16=True, **layout)):
         np.testing.assert_allclose(np.array(history)[:, 0], np.array(case.history)[:, 0], atol=0.03)
+
+
+def test_the_norm_of_many_gradients_in_bfloat16_is_exact(pools, case):
+    (norms,) = pools[1].run(zero_cases.norm_of_many, case, dict(zero_stage=1, bf16=True))
+    assert abs(norms["ours"] / norms["exact"] - 1) < 1e-7
+    assert abs(norms["torch"] / norms["exact"] - 1) > 1e-6, "torch has mended its own: so can we do without ours"
 
 
 def test_validation_and_the_wish_to_stop_are_every_ranks(pools, case):
@@ -210,6 +217,46 @@ def test_a_run_changes_engine_and_size_midway(pools, case, tmp_path, name):
     assert_same_content(content(half, case), content(tmp_path / "b/checkpoints/iter_0000003", case))
 
 
+TUNED = {
+    "reduce_scatter": False,
+    "allgather_partitions": False,
+    "reduce_bucket_size": 700,
+    "allgather_bucket_size": 900,
+    "overlap_comm": True,
+    "contiguous_gradients": False,
+    "sub_group_size": 1000,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 100,
+    "stage3_max_reuse_distance": 100,
+}
+
+
+def test_what_a_users_json_may_tune_changes_no_number(pools, case, tmp_path):
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps({"zero_optimization": TUNED}), "utf-8")
+    two, three = (dict(mode="zero", zero_stage=stage, deepspeed_config=file) for stage in (2, 3))
+    first = pools[2].run(rank_cases.straight, case, two, tmp_path / "a", False)[0]
+    second = pools[4].run(rank_cases.resumed, case, three, tmp_path / "a", tmp_path / "b")
+    plain = pools[2].run(rank_cases.resumed, case, zero(1), tmp_path / "b", tmp_path / "c")
+    for history, _ in (*second, *plain):
+        np.testing.assert_allclose(np.array(history), np.array(first), atol=LOSS, rtol=NORM)
+    half = "checkpoints/iter_0000003"
+    for home in ("b", "c"):
+        assert_same_content(content(tmp_path / "a" / half, case), content(tmp_path / home / half, case))
+
+
+def test_another_optimizers_state_is_refused(pools, case, tmp_path):
+    """As a permutation of it would be: nothing else shows it, and the run would go on to be another one."""
+    pools[2].run(rank_cases.straight, case, zero(2), tmp_path, False)
+    later, earlier = (tmp_path / f"checkpoints/iter_{step:07d}" for step in (13, 3))
+    for path in later.glob("*_optim_states.pt"):
+        shutil.copy(path, earlier)
+    for options in (zero(3), dict(use_distributed_optimizer=True)):
+        (said,) = set(pools[2].run(zero_cases.refused_resume, case, options, earlier))
+        assert "the optimizer's weights of" in said
+
+
 def test_the_comparison_notices_a_step_too_many(pools, case, tmp_path):
     pools[2].run(rank_cases.straight, case, zero(2), tmp_path, False)
     earlier, later = (content(tmp_path / f"checkpoints/iter_{step:07d}", case) for step in (3, 13))
@@ -258,7 +305,9 @@ def test_stage_3_is_exported(pools, case, tmp_path):
 def options_with(tmp_path, user, **options):
     file = tmp_path / "deepspeed.json"
     file.write_text(user if isinstance(user, str) else json.dumps(user), "utf-8")
-    return deepspeed_options(rank_cases.config_of(tmp_path, mode="zero", deepspeed_config=file, **options), 2)
+    return deepspeed_options.deepspeed_options(
+        rank_cases.config_of(tmp_path, mode="zero", deepspeed_config=file, **options), 2
+    )
 
 
 def test_a_users_json_adds_to_the_options(tmp_path):
@@ -284,6 +333,18 @@ CONTRADICTIONS = {
     "precision": ({"fp16": {"enabled": True}}, r"fp16.enabled is True in .*, False by --fp16"),
     "optimizer": ({"optimizer": {"type": "Lamb"}}, r"has the key optimizer.type: leave it out"),
     "offloading": ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offloading is not supported"),
+    "a section that is none": ({"bf16": True}, "bf16 in .* must be an object"),
+    "an unknown key": (
+        {"zero_optimisation": {"stage": 2}},
+        "has no place here: perhaps you meant zero_optimization.stage",
+    ),
+    "another order": ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients: leave it out"),
+    "main weights in bfloat16": ({"bf16": {"bf16_master_weights_and_grads": True}}, "which has no place here"),
+    "another layout of files": ({"zero_optimization": {"elastic_checkpoint": True}}, "which has no place here"),
+    "a size that is none": ({"zero_optimization": {"sub_group_size": "1e9"}}, "is '1e9' in .*: give a whole number"),
+    "a switch that is none": ({"zero_optimization": {"overlap_comm": 1}}, "is 1 in .*: give true or false"),
+    "offloading as it was once spelt": ({"zero_optimization": {"cpu_offload": True}}, "offloading is not supported"),
+    "gradients in half precision": ({"communication_data_type": "fp16"}, "'fp32' by this package"),
     "no JSON": ("{", "is not JSON"),
     "no object": ("[]", "must hold a JSON object"),
 }
@@ -296,15 +357,26 @@ def test_a_users_json_that_contradicts_is_refused(tmp_path, name):
         options_with(tmp_path, user)
 
 
-def test_without_deepspeed_one_line_names_the_extra(monkeypatch):
-    check_installed()
-    monkeypatch.setattr(deepspeed_options_module, "find_spec", lambda name: None)
+def test_without_deepspeed_one_line_names_the_extra(tmp_path, monkeypatch):
+    config = rank_cases.config_of(tmp_path, mode="zero")
+    deepspeed_options.check(config, 2)
+    monkeypatch.setattr(deepspeed_options, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"trainer\[deepspeed\]"):
-        check_installed()
+        deepspeed_options.check(config, 2)
+
+
+def test_float16_is_refused_on_a_cpu_before_anything_is_written(tmp_path):
+    config = rank_cases.config_of(tmp_path, mode="zero", fp16=True)
+    deepspeed_options.check(config, 2, "cuda")
+    with pytest.raises(ConfigError, match="no float16 on a CPU"):
+        deepspeed_options.check(config, 2, "cpu")
 
 
 REFUSED = {
-    "stages of a pipeline": (dict(pipeline_model_parallel_size=2), "has no pipeline stages"),
+    "stages of a pipeline": (
+        dict(pipeline_model_parallel_size=2),
+        "--pipeline-model-parallel-size 2 is for --mode ptd",
+    ),
     "the distributed optimizer": (
         dict(use_distributed_optimizer=True),
         "--use-distributed-optimizer is for --mode ptd",
@@ -322,5 +394,9 @@ def test_options_that_zero_mode_has_not_are_refused(tmp_path, name):
     options, words = REFUSED[name]
     with pytest.raises(ConfigError, match=words):
         rank_cases.config_of(tmp_path, mode="zero", **options)
-    with pytest.raises(ConfigError, match="--deepspeed-config"):
-        rank_cases.config_of(tmp_path, deepspeed_config=tmp_path)
+
+
+@pytest.mark.parametrize("options", [dict(deepspeed_config=Path("file.json")), dict(zero_stage=3)])
+def test_options_of_zero_mode_are_refused_in_ptd_mode(tmp_path, options):
+    with pytest.raises(ConfigError, match="is for --mode zero, the mode is ptd"):
+        rank_cases.config_of(tmp_path, **options)

@@ -1,9 +1,11 @@
 """What the ranks of zero mode's tests run; imported by their processes."""
 
 import contextlib
+import re
 
 import rank_cases
 import torch
+from ckpt_tools import CheckpointError
 
 
 def whole(engine):
@@ -31,6 +33,25 @@ def evaluated(case, options):
         loss, tokens = trainer.engine.evaluate(trainer.batches(*case.batches[0]))
         step = trainer.step(*case.batches[0], stop=torch.distributed.get_rank() == 0)
         return loss / tokens, step.loss, step.stop_asked
+
+
+def norm_of_many(case, options):
+    """The norm of three million numbers as the optimizer in bfloat16 takes it."""
+    with rank_cases.Trainer(case.folder, mode="zero", **options):
+        from deepspeed.runtime import bf16_optimizer
+
+        many = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
+        ours = bf16_optimizer.get_global_norm_of_tensors(input_tensors=[many], mpu=None, norm_type=2)
+        return {"ours": ours.item(), "torch": many.norm().item(), "exact": many.double().norm().item()}
+
+
+def refused_resume(case, options, source):
+    """Why a checkpoint is not gone on with, but for the name of the parameter."""
+    with rank_cases.Trainer(case.folder, resume=source, **options) as trainer:
+        try:
+            rank_cases.load(trainer, source)
+        except CheckpointError as error:
+            return re.sub(r"weights of \S+", "weights of one", str(error))
 
 
 def bytes_held(case, options):

@@ -59,7 +59,9 @@ class Contents:
     tokenizer_files: Sequence[Path]
     layout: Layout = field(default_factory=Layout)
     qkv_is_ambiguous: Callable[[LlamaConfig], bool] = lambda _: False
-    """Whether the QKV rows may stand in either order, for all that the folder says."""
+    """Whether files of this layout may have their QKV rows in either order."""
+    qkv_order: QkvOrder | None = None
+    """The order that the files themselves state."""
 
 
 class Checkpoint:
@@ -93,6 +95,9 @@ class Checkpoint:
         self._config = _agreed(config, contents.config, path)
         self._rules = {} if self._config is None else sharding(self._config)
         ambiguous = self._config is not None and contents.qkv_is_ambiguous(self._config)
+        if ambiguous and contents.qkv_order and qkv_order not in (None, contents.qkv_order):
+            raise UsageError(f"the order of heads is given as {qkv_order}, {path} says {contents.qkv_order}")
+        qkv_order = qkv_order or contents.qkv_order
         self._undecided = ambiguous and qkv_order is None
         self._tensors: dict[str, _Tensor] = {}
         if self._config is not None and not self._undecided:
@@ -231,8 +236,8 @@ class Checkpoint:
             if self._undecided:
                 raise UsageError(
                     f"{self.path} holds several KV heads on each rank, whose query heads may stand in Megatron's order "
-                    "or in that of AscendSpeed's converter, which no file shows: give --qkv-order, or --reference with "
-                    "a Hugging Face folder of the model that it was made from"
+                    "or in that of AscendSpeed's converter, which its files do not show: convert it with `ckpt-tools "
+                    "convert`, --qkv-order, or --reference with a Hugging Face folder of the model it was made from"
                 )
             raise CheckpointError(f"{self.path} has no tensor {name}")
         return self._tensors[name]

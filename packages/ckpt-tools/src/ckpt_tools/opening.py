@@ -70,7 +70,8 @@ def open_checkpoint(
     contents = _contents(folder, part)
     try:
         checkpoint = Checkpoint(folder, contents, config, qkv_order)
-        if reference is not None and checkpoint.has_config and contents.qkv_is_ambiguous(checkpoint.config):
+        undecided = checkpoint.has_config and contents.qkv_order is None
+        if reference is not None and undecided and contents.qkv_is_ambiguous(checkpoint.config):
             checkpoint = _decided(folder, contents, checkpoint.config, reference)
         return checkpoint
     except BaseException:

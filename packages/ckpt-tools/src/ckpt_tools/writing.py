@@ -33,7 +33,7 @@ PLANS: Mapping[str, Plan] = {hf.FORMAT: hf.plan, **megatron.PLANS, deepspeed.FOR
 _COMPANIONS = map(re.escape, (CONFIG, GENERATION_CONFIG))
 WRITTEN = re.compile("|".join((hf.WRITTEN, megatron.WRITTEN, deepspeed.WRITTEN, *_COMPANIONS)))
 """Every path, relative to the target's folder, that a conversion writes, whatever it copies."""
-WRITTEN_KEYS = re.compile(r"args|checkpoint_version|iteration|model\d*|module|dp_world_size")
+WRITTEN_KEYS = re.compile(r"args|checkpoint_version|iteration|model\d*|module|dp_world_size|qkv_order")
 """Of the dictionary in a rank's file."""
 
 

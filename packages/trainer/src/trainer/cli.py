@@ -49,7 +49,7 @@ def _options_of_config_file(arguments: Sequence[str]) -> dict[str, Any]:
     if config := _value_of("--config", arguments):
         return read_yaml(Path(config))
     if resume := _value_of("--resume", arguments):
-        return options_of_run(Path(resume))
+        return options_of_run(Path(resume), _value_of("--mode", arguments))
     return {}
 
 
@@ -104,14 +104,12 @@ def _run_job(options: TrainConfig, kind: Literal["pretrain", "finetune"], json: 
 
 def _check_before_start(options: TrainConfig, kind: str) -> None:
     """Refuses without torch, before any process is started, what can be refused so early."""
-    from trainer import output
-    from trainer.deepspeed_options import check_installed, deepspeed_options
+    from trainer import deepspeed_options, output
     from trainer.start import begin
 
     options.num_microbatches(options.nproc_per_node)
     if options.mode == "zero":
-        check_installed()
-        deepspeed_options(options, options.nproc_per_node)
+        deepspeed_options.check(options, options.nproc_per_node)
     with begin(options, kind):
         output.check_output(options)
 

@@ -36,7 +36,8 @@ class TrainConfig:
     output_dir: Path
     """The run's folder: config.yaml, metrics.jsonl, checkpoints/."""
     overwrite: bool = False
-    """Replace the run in `output_dir`: it waits in `output_dir`.replaced until the new one has its first checkpoint."""
+    """Replace the run in `output_dir`, and what `export_hf` names. The run waits in `output_dir`.replaced until the new
+    one has its first checkpoint."""
     export_hf: Path | None = None
     """At the end, write the result there as a Hugging Face folder too."""
 
@@ -382,24 +383,27 @@ def _check_parallelism(config: TrainConfig) -> None:
         raise ConfigError(str(error)) from None
 
 
-_PTD_ONLY = (
+PTD_ONLY = (
     *("sequence_parallel", "num_layers_per_virtual_pipeline_stage", "num_layer_list", "use_distributed_optimizer"),
-    *("overlap_grad_reduce", "overlap_param_gather", "async_save"),
+    *("overlap_grad_reduce", "overlap_param_gather", "async_save", "pipeline_model_parallel_size"),
 )
+ZERO_ONLY = ("zero_stage", "deepspeed_config")
+PRETRAINING_ONLY = ("split", "reset_attention_mask", "reset_position_ids", "eval_interval")
+
+
+def changed(config: TrainConfig, names: tuple[str, ...]) -> list[str]:
+    """Those of the options `names` that have another value than their default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return [name for name in names if getattr(config, name) != defaults[name]]
 
 
 def _check_mode(config: TrainConfig) -> None:
     if config.mode == "ptd":
-        if config.deepspeed_config is not None:
-            raise ConfigError(f"--deepspeed-config {config.deepspeed_config} needs --mode zero, the mode is ptd")
+        for name in changed(config, ZERO_ONLY):
+            raise ConfigError(f"{flag(name)} {getattr(config, name)} is for --mode zero, the mode is ptd")
         return
-    if config.pipeline_model_parallel_size > 1:
-        raise ConfigError(
-            f"--pipeline-model-parallel-size {config.pipeline_model_parallel_size}: --mode zero has no pipeline stages"
-        )
-    for name in _PTD_ONLY:
-        if getattr(config, name):
-            raise ConfigError(f"{flag(name)} {_said(getattr(config, name))}is for --mode ptd, the mode is zero")
+    for name in changed(config, PTD_ONLY):
+        raise ConfigError(f"{flag(name)} {_said(getattr(config, name))}is for --mode ptd, the mode is zero")
     if config.zero_stage not in (1, 2, 3):
         hint = (
             "stage 0 shares nothing out: take --mode ptd, or stage 1" if config.zero_stage == 0 else "choose 1, 2 or 3"

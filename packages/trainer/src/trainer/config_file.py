@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from trainer.config import TrainConfig, flag
+from trainer.config import PTD_ONLY, ZERO_ONLY, TrainConfig, flag
 from trainer.errors import ConfigError
 from trainer.run import locate
 
@@ -103,18 +103,21 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
-def options_of_run(resume: Path) -> dict[str, Any]:
+def options_of_run(resume: Path, mode: str | None = None) -> dict[str, Any]:
     """What the run to be resumed was given, in its own folder: what options default to without `--config`.
 
     Args:
         resume: RUN, or one of its `iter_…` folders.
+        mode: The mode to go on in; options that only another one has are left out. None: the run's own.
 
     Raises:
         TrainerError: There is no run.
         ConfigError: Its config.yaml is missing, damaged, or of another version.
     """
     run, _ = locate(resume)
-    return read_yaml(run.config_file) | {"output_dir": run.path}
+    options = read_yaml(run.config_file) | {"output_dir": run.path}
+    not_here = {"ptd": ZERO_ONLY, "zero": PTD_ONLY}.get(mode or "", ())
+    return {name: value for name, value in options.items() if name not in not_here}
 
 
 def without_restated_flags(arguments: Sequence[str], default: TrainConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """DeepSpeed's own configuration from a run's options, with what a user's JSON adds to it. No torch, no DeepSpeed."""
 
+import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -15,10 +16,34 @@ REFUSED = {
     "scheduler": "--lr, --min-lr, --lr-decay-style and --lr-warmup-iters make the schedule",
     "amp": "--bf16 and --fp16 choose the precision",
     "torch_autocast": "--bf16 and --fp16 choose the precision",
-    "zero_optimization.offload_optimizer": "offloading is not supported",
-    "zero_optimization.offload_param": "offloading is not supported",
+    "zero_optimization.offload": "offloading is not supported",
+    "zero_optimization.cpu_offload": "offloading is not supported",
+    "zero_optimization.round_robin_gradients": "checkpoints would not say whose the optimizer's state is",
 }
-"""Keys of a user's JSON that have no place in it, and why."""
+"""Beginnings of a user's keys that have no place in a JSON, and why."""
+
+REPORTS = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state")
+"""What DeepSpeed can print."""
+
+_SWITCHES = (
+    *("reduce_scatter", "allgather_partitions", "overlap_comm", "contiguous_gradients", "ignore_unused_parameters"),
+    *("log_trace_cache_warnings", "stage3_gather_16bit_weights_on_model_save"),
+)
+_SIZES = (
+    *("reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size"),
+    *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters"),
+    "stage3_max_reuse_distance",
+)
+_FP16 = ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
+ALLOWED = {
+    *(f"zero_optimization.{name}" for name in (*_SWITCHES, *_SIZES)),
+    *(f"fp16.{name}" for name in _FP16),
+    *("zero_allow_untested_optimizer", *REPORTS),
+}
+"""What a user's JSON may have beside the keys that options of the run determine: what changes neither what is computed
+nor what a checkpoint holds."""
+
+_IN_FP32 = "this package: gradients are added and reduced in fp32, as in ptd mode"
 
 DEFAULTS: dict[str, Any] = {
     "steps_per_print": None,
@@ -29,17 +54,25 @@ DEFAULTS: dict[str, Any] = {
 """What a user's JSON may change."""
 
 
-def check_installed() -> None:
-    """Looks for DeepSpeed, and imports nothing.
+def check(config: TrainConfig, world_size: int, device_type: str | None = None) -> None:
+    """Refuses before anything is written what DeepSpeed could not do; looks for it, and imports nothing.
+
+    Args:
+        config: Of a run in zero mode.
+        world_size: Its processes.
+        device_type: Where they compute, once that is known.
 
     Raises:
-        ConfigError: It is not there.
+        ConfigError: DeepSpeed is not there or has not this precision on this device, or see `deepspeed_options`.
     """
     if find_spec("deepspeed") is None:
         raise ConfigError(
             "--mode zero needs deepspeed, which is not installed: pip install './packages/trainer[deepspeed]' and its "
             "siblings"
         )
+    if config.fp16 and device_type == "cpu":
+        raise ConfigError("--fp16 with --mode zero: DeepSpeed has no float16 on a CPU; take --bf16, or --mode ptd")
+    deepspeed_options(config, world_size)
 
 
 def deepspeed_options(config: TrainConfig, world_size: int) -> dict[str, Any]:
@@ -56,12 +89,37 @@ def deepspeed_options(config: TrainConfig, world_size: int) -> dict[str, Any]:
     file = config.deepspeed_config
     theirs = dict(_leaves(_read(file)))
     for key, value in theirs.items():
-        reason = next((why for name, why in REFUSED.items() if key == name or key.startswith(f"{name}.")), None)
-        if reason is not None:
-            raise ConfigError(f"{file} has the key {key}: leave it out, {reason}")
+        _check_key(key, ours, file)
+        _check_value(key, value, file)
         if key in ours and value != "auto" and value != ours[key][0]:
             raise ConfigError(f"{key} is {value!r} in {file}, {ours[key][0]!r} by {ours[key][1]}: give one of them")
     return _nested(DEFAULTS | theirs | merged)
+
+
+def _check_key(key: str, ours: Mapping[str, Any], file: Path) -> None:
+    """Refuses a user's key that has no place in the JSON: DeepSpeed would pass over one that it does not know."""
+    for beginning, reason in REFUSED.items():
+        if key.startswith(beginning):
+            raise ConfigError(f"{file} has the key {key}: leave it out, {reason}")
+    known = [*ours, *ALLOWED]
+    if any(name.startswith(f"{key}.") for name in known):
+        raise ConfigError(f"{key} in {file} must be an object of options")
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1)
+        raise ConfigError(
+            f"{file} has the key {key}, which has no place here" + (f": perhaps you meant {near[0]}" if near else "")
+        )
+
+
+def _check_value(key: str, value: Any, file: Path) -> None:
+    """Refuses what DeepSpeed would not take, before anything is started."""
+    section, _, name = key.rpartition(".")
+    if section != "zero_optimization":
+        return
+    if name in _SWITCHES and type(value) is not bool:
+        raise ConfigError(f"{key} is {value!r} in {file}: give true or false")
+    if name in _SIZES and not (type(value) in (int, float) and value >= 0 and float(value).is_integer()):
+        raise ConfigError(f"{key} is {value!r} in {file}: give a whole number")
 
 
 def _ours(config: TrainConfig, num_microbatches: int) -> dict[str, tuple[Any, str]]:
@@ -74,12 +132,9 @@ def _ours(config: TrainConfig, num_microbatches: int) -> dict[str, tuple[Any, st
         "zero_optimization.stage": (config.zero_stage, "--zero-stage"),
         "bf16.enabled": (config.bf16, "--bf16"),
         "fp16.enabled": (config.fp16, "--fp16"),
+        "data_types.grad_accum_dtype": ("fp32", _IN_FP32),
+        "communication_data_type": ("fp32", _IN_FP32),
     }
-    if config.bf16 or config.fp16:
-        precision = "--bf16" if config.bf16 else "--fp16"
-        # As in ptd mode: gradients of micro-batches are added, and reduced over the ranks, in fp32.
-        options["data_types.grad_accum_dtype"] = ("fp32", precision)
-        options["communication_data_type"] = ("fp32", precision)
     if config.fp16:
         options |= {
             "fp16.loss_scale": (0, "--fp16 (a dynamic loss scale)"),
@@ -95,7 +150,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"{error.strerror}: {file} (--deepspeed-config)") from None
+        raise ConfigError(
+            f"{error.strerror}: {file} (--deepspeed-config; --deepspeed-config None goes on without)"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ from npu_kernels import peaks
 
 from trainer import activations, communication, memory
 from trainer.config import TrainConfig
+from trainer.deepspeed_options import deepspeed_options
 from trainer.errors import ConfigError
 
 Figures = dict[str, Any]
@@ -35,6 +36,8 @@ def describe(config: TrainConfig, world_size: int, device: str | None = None) ->
     dp_size = config.data_parallel_size(world_size)
     num_microbatches = config.num_microbatches(world_size)
     config.check_model(model)
+    if config.mode == "zero":
+        deepspeed_options(config, world_size)  # names what a user's JSON contradicts
     stages = [_stage(config, model, stage, dp_size, num_microbatches) for stage in range(_stages(config))]
     tokens = config.global_batch_size * config.seq_length
     per_token = flops.model_flops_per_token(model, config.seq_length)
@@ -53,6 +56,7 @@ def describe(config: TrainConfig, world_size: int, device: str | None = None) ->
         "virtual_pipeline_model_parallel_size": len(config.layout.chunks(model.num_layers)[0]),
         "data_parallel_size": dp_size,
         "use_distributed_optimizer": config.use_distributed_optimizer,
+        "zero_stage": config.zero_stage if config.mode == "zero" else None,
         "recompute": _recompute(config),
         "train_iters": config.train_iters,
         "seq_length": config.seq_length,

@@ -24,6 +24,8 @@ def _head(figures: Figures) -> dict[str, str]:
     sequence = " (sequence parallel)" if figures["sequence_parallel"] else ""
     chunks = f" ({virtual} chunks a stage)" if virtual > 1 else ""
     optimizer = " (distributed optimizer)" if figures["use_distributed_optimizer"] else ""
+    if figures["zero_stage"] is not None:
+        optimizer = f" (ZeRO stage {figures['zero_stage']})"
     head = {
         "model": f"{a['num_layers']} layers, hidden {a['hidden_size']}, feed-forward {a['ffn_hidden_size']}, "
         f"{a['num_attention_heads']} heads in {a['num_query_groups']} groups, vocabulary {a['vocab_size']}"

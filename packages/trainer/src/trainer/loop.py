@@ -18,9 +18,9 @@ from llama_model import LlamaModel, flops, init_weights, load_weights, parallel
 from npu_kernels import Device, device, require_fused
 from tqdm import tqdm
 
-from trainer import header, metrics, output
+from trainer import deepspeed_options, header, metrics, output
 from trainer.checkpoints import Checkpoints
-from trainer.config import TrainConfig
+from trainer.config import PRETRAINING_ONLY, TrainConfig, changed, flag
 from trainer.data import DataOrder, Loader, check_split, check_vocabulary, data_files, sample_numbers, training_data
 from trainer.engines import Engine, StepResult
 from trainer.engines.megatron import MegatronEngine
@@ -58,6 +58,7 @@ def train(config: TrainConfig, kind: Kind = "pretrain") -> Run:
         )
         is_first = torch.distributed.get_rank() == 0
         try:
+            _check_processes(config, on)
             run = _Job(config, kind, start, on, notes).run()
         finally:
             parallel.destroy()
@@ -82,6 +83,18 @@ def check_data(config: TrainConfig, kind: str, start: Start) -> list[str]:
     return list(dict.fromkeys(note for note in found if note))
 
 
+def _check_processes(config: TrainConfig, on: Device) -> None:
+    """Refuses what so many processes cannot do on this device.
+
+    Raises:
+        ConfigError: The batches do not divide, or DeepSpeed does not do it.
+    """
+    world_size = torch.distributed.get_world_size()
+    config.num_microbatches(world_size)
+    if config.mode == "zero":
+        deepspeed_options.check(config, world_size, on.type)
+
+
 def _chunks_per_stage(config: TrainConfig, start: Start) -> int | None:
     """Chunks of each stage of a virtual pipeline; None for a plain one."""
     if config.num_layers_per_virtual_pipeline_stage is None:
@@ -97,7 +110,6 @@ class _Job:
         self._run = Run(config.output_dir)
         self._first = torch.distributed.get_rank() == 0
         self._world = torch.distributed.get_world_size()
-        config.num_microbatches(self._world)
         self._iteration, self._consumed = 0, 0
         self._take_folder()
         progress = start.progress
@@ -306,8 +318,9 @@ class _Job:
                 f"the schedule is over since step {config.decay_iters}: the rest runs at --min-lr {config.min_lr:g}; "
                 "--override-opt-param-scheduler --lr-decay-iters N changes that"
             )
-        if self._kind == "finetune" and config.eval_interval:
-            yield "--eval-interval has no effect: fine-tuning has no validation"
+        if self._kind == "finetune":
+            for name in changed(config, PRETRAINING_ONLY):
+                yield f"{flag(name)} has no effect: it is for pretraining"
 
     def _make_engine(self) -> Engine:
         config, model = self._config, self._start.model

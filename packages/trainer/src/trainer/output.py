@@ -52,7 +52,7 @@ def check_output(config: TrainConfig) -> None:
         return
     if not run.config_file.exists():
         raise ConfigError(f"{run.path} exists and is no training run: choose another --output-dir")
-    if not config.overwrite:
+    if not config.overwrite and _has_begun(run):
         raise ConfigError(
             f"{run.path} holds a run: give --resume {run.path} to go on with it, --overwrite to replace it, or choose "
             "another --output-dir"
@@ -73,13 +73,20 @@ def _check_export(config: TrainConfig) -> None:
         if path.resolve().is_relative_to(target.resolve()):
             raise ConfigError(f"--export-hf {target} would replace {path}, which the run needs: choose another folder")
     if target.exists() and not config.overwrite and (target.is_file() or any(target.iterdir())):
-        raise ConfigError(f"{target} (--export-hf) exists: choose another folder, or give --overwrite to replace it")
+        way_out = "choose another folder, give --overwrite to replace it, or --export-hf None"
+        raise ConfigError(f"{target} (--export-hf) exists: {way_out}")
     if target.exists() and not looks_like_checkpoint(target):
         raise ConfigError(f"{target} (--export-hf) is no model's folder: choose another")
 
 
 def _is_empty(folder: Path) -> bool:
     return all(path.name == LOCK for path in folder.iterdir())
+
+
+def _has_begun(run: Run) -> bool:
+    """Whether there is a step or a checkpoint to lose, here or in a run that waits to be replaced."""
+    has_steps = run.metrics_file.exists() and run.metrics_file.stat().st_size > 0
+    return has_steps or bool(run.iterations()) or replaced(run).exists()
 
 
 def _check_is_latest(config: TrainConfig, run: Run) -> None:

@@ -26,6 +26,9 @@ from ckpt_tools.shard_rules import (
 )
 
 KeyPath = tuple[str, ...]
+QKV_ORDER = "qkv_order"
+"""The key under which a file of ours says which order its query heads stand in, where both are possible."""
+
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 """A canonical name, in its parts."""
 

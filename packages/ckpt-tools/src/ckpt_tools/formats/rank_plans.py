@@ -11,7 +11,7 @@ import numpy as np
 
 from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import UsageError
-from ckpt_tools.formats.naming import KeyPath, Naming, Stored, renumbered
+from ckpt_tools.formats.naming import QKV_ORDER, KeyPath, Naming, Stored, renumbered
 from ckpt_tools.layout import Layout
 from ckpt_tools.planning import OutputFile
 from ckpt_tools.shard_rules import (
@@ -53,6 +53,7 @@ def plan_files(config: LlamaConfig, layout: Layout, files: RankFiles) -> list[li
     check_tensor_parallel(config, tp_size, whole_groups=files.naming.mixes_groups)
     padded = padded_vocab_size(config, layout, files.default_divisor)
     rules = sharding(config)
+    head = {**files.head, QKV_ORDER: "megatron"} if _has_two_orders(config, layout, files.naming) else files.head
     batches = []
     for stage, chunks in enumerate(layout.chunks(config.num_layers)):
         if files.naming.inv_freq and len(chunks) > 1:
@@ -66,9 +67,7 @@ def plan_files(config: LlamaConfig, layout: Layout, files: RankFiles) -> list[li
                     ".".join(path): (name, rules[name].view(rank, tp_size, padded, part=part))
                     for path, (name, part) in paths.items()
                 },
-                open=partial(
-                    _open_writer, head=files.head, skeletons=_skeletons(chunks, files), paths=[*paths, *constants]
-                ),
+                open=partial(_open_writer, head=head, skeletons=_skeletons(chunks, files), paths=[*paths, *constants]),
                 constants={".".join(path): values for path, values in constants.items()},
             )
             for rank in range(tp_size)
@@ -79,14 +78,20 @@ def plan_files(config: LlamaConfig, layout: Layout, files: RankFiles) -> list[li
 
 def order_notes(config: LlamaConfig, layout: Layout, naming: Naming) -> tuple[str, ...]:
     """A warning where AscendSpeed's own converter would have written, and its readers may expect, other QKV rows."""
-    groups = config.num_query_groups // layout.tensor_model_parallel_size
-    if not naming.mixes_groups or config.num_query_groups == config.num_attention_heads or groups <= 1:
+    if not _has_two_orders(config, layout, naming):
         return ()
+    groups = config.num_query_groups // layout.tensor_model_parallel_size
     return (
         f"the query heads of {groups} KV heads on each rank stand in Megatron's order, which AscendSpeed's network "
-        "computes with; its own converter mixes them up. No file shows the order: read this one with "
-        "--qkv-order megatron",
+        "computes with; its own converter mixes them up. These files say so to ckpt-tools, those that AscendSpeed "
+        "trains from them do not: they are read with --qkv-order megatron",
     )
+
+
+def _has_two_orders(config: LlamaConfig, layout: Layout, naming: Naming) -> bool:
+    """Whether AscendSpeed's converter would have written other QKV rows than its network computes with."""
+    groups = config.num_query_groups // layout.tensor_model_parallel_size
+    return naming.mixes_groups and config.num_query_groups != config.num_attention_heads and groups > 1
 
 
 def padded_vocab_size(config: LlamaConfig, layout: Layout, default_divisor: int) -> int:

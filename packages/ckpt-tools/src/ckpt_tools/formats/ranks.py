@@ -10,7 +10,7 @@ from ckpt_tools.config import LlamaConfig
 from ckpt_tools.errors import CheckpointError, UsageError
 from ckpt_tools.formats.companions import stated_config, tokenizer_files
 from ckpt_tools.formats.megatron_args import config_from_args, contradiction, refuse_other_networks, says_the_same
-from ckpt_tools.formats.naming import LAYER, MEGATRON_CORE, NO_WEIGHT, Naming, naming_of, renumbered
+from ckpt_tools.formats.naming import LAYER, MEGATRON_CORE, NO_WEIGHT, QKV_ORDER, Naming, naming_of, renumbered
 from ckpt_tools.layout import Layout
 from ckpt_tools.shard_rules import (
     QKV,
@@ -37,6 +37,8 @@ class Rank:
     """The weights of each chunk of the model (of several in a virtual pipeline), by their joined paths."""
     args: Mapping[str, Any]
     """Megatron's, where the file has any."""
+    qkv_order: Any
+    """What the file says of it, if anything."""
 
 
 def open_rank(tp: int, pp: int, path: Path, files: list[File], roots: Callable[[Mapping[Any, Any]], list[str]]) -> Rank:
@@ -72,7 +74,7 @@ def open_rank(tp: int, pp: int, path: Path, files: list[File], roots: Callable[[
         args = attributes(tree["args"], "Namespace") if type(tree.get("args")) is Record else {}
     except PickleError as error:
         raise CheckpointError(f"{path}: its args are unknown: {error}") from None
-    return Rank(tp, pp, file, list(chunks.values()), args)
+    return Rank(tp, pp, file, list(chunks.values()), args, tree.get(QKV_ORDER))
 
 
 def contents(folder: Path, files: Sequence[File], ranks: Sequence[Rank], format: str | None = None) -> Contents:
@@ -113,6 +115,7 @@ def contents(folder: Path, files: Sequence[File], ranks: Sequence[Rank], format:
         tokenizer_files=tokenizer_files(folder),
         layout=split.layout(),
         qkv_is_ambiguous=split.qkv_is_ambiguous,
+        qkv_order="megatron" if all(rank.qkv_order == "megatron" for rank in ranks) else None,
     )
 
 

@@ -9,7 +9,6 @@ parameters: the weights that it steps, and two more of the same length with thei
   order and shapes stand as `param_shapes` in `zero_pp_rank_DD_mp_rank_TT_model_states.pt`.
 """
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +62,13 @@ class _File:
     def is_stage_3(self) -> bool:
         return "fp32_flat_groups" in self.state
 
+    @property
+    def partition_count(self) -> int | None:
+        """The data-parallel size, where the file says it."""
+        stated = self.state.get("partition_count")
+        count = stated[0] if type(stated) is list and stated else stated
+        return count if type(count) is int and count > 0 else None
+
     def flat(self, group: int, part: Part) -> DiskTensor:
         """The flat tensor of a group of parameters."""
         if part == "main_weights":
@@ -96,7 +102,8 @@ def contents(folder: Path, files: list[File], format: str, part: Part) -> Conten
         elements = [found for share in opened for found in _elements(folder, share, dp_size, part, files)]
     except (PickleError, AttributeError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(f"{folder}: the optimizer's state is malformed: {error}") from None
-    elements = list(_continued(elements))
+    if not opened[0].is_stage_3:
+        elements = list(_continued(elements))
     naming = naming_of({element.name for element in elements})
     if naming is None:
         raise CheckpointError(f"{folder} holds no parameters by names of megatron-core or AscendSpeed")
@@ -132,15 +139,21 @@ def _read(path: Path, files: list[File]) -> tuple[Any, dict[tuple[Any, ...], Dis
 
 def _check_ranks(folder: Path, opened: Sequence[_File]) -> int:
     """The data-parallel size, after a look for the first rank that is missing."""
-    stated = opened[0].state.get("partition_count")
-    count = stated[0] if type(stated) is list and stated else stated
-    dp_size = count if type(count) is int else max(share.dp for share in opened) + 1
+    counts = {share.partition_count: share.file.path for share in opened}
+    if len(counts) > 1:
+        (one, file), (other, other_file), *_ = counts.items()
+        raise CheckpointError(
+            f"{file} is one of {one} shares, {other_file} one of {other}: they are of two checkpoints"
+        )
+    dp_size = opened[0].partition_count or max(share.dp for share in opened) + 1
     present = {(share.tp, share.dp) for share in opened}
-    for tp, dp in itertools.product(range(opened[-1].tp + 1), range(dp_size)):
-        if (tp, dp) not in present:
-            raise CheckpointError(
-                f"{folder} lacks the share of data-parallel rank {dp} of {dp_size}, tensor-parallel rank {tp}"
-            )
+    everyone = ((tp, dp) for tp in range(opened[-1].tp + 1) for dp in range(dp_size))
+    missing = next((rank for rank in everyone if rank not in present), None)
+    if missing is not None:
+        tp, dp = missing
+        raise CheckpointError(
+            f"{folder} lacks the share of data-parallel rank {dp} of {dp_size}, tensor-parallel rank {tp}"
+        )
     return dp_size
 
 
@@ -162,6 +175,8 @@ def _elements(folder: Path, share: _File, dp_size: int, part: Part, files: list[
             if count:
                 yield _checked(_Elements(name, share.tp, begin, count, share.flat(group, part), at))
             at += size
+        if (length := share.flat(group, part).shape) != (at,):
+            raise CheckpointError(f"{share.file.path} holds {list(length)} elements of group {group}, expected [{at}]")
 
 
 def _checked(elements: _Elements) -> _Elements:
@@ -174,7 +189,7 @@ def _checked(elements: _Elements) -> _Elements:
 
 
 def _continued(elements: Sequence[_Elements]) -> Iterator[_Elements]:
-    """The elements of stages 1 and 2 (of stage 3, too) where they belong: behind those of the ranks before."""
+    """The elements of stages 1 and 2 where they belong: behind those of the ranks before."""
     done: dict[tuple[str, int], int] = {}
     for found in elements:
         begin = done.get((found.name, found.tp), 0)

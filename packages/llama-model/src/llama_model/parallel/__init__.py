@@ -39,7 +39,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llama_model.parallel.adaptor import adapt
+    from llama_model.parallel.adaptor import adapt, l2_norm
     from llama_model.parallel.building import build_chunks, build_model
     from llama_model.parallel.checkpoint import sharded_state_dict
     from llama_model.parallel.groups import destroy, initialize
@@ -50,10 +50,11 @@ _HOME = {
     "build_model": "building",
     "destroy": "groups",
     "initialize": "groups",
+    "l2_norm": "adaptor",
     "sharded_state_dict": "checkpoint",
 }
 
-__all__ = ["adapt", "build_chunks", "build_model", "destroy", "initialize", "sharded_state_dict"]
+__all__ = ["adapt", "build_chunks", "build_model", "destroy", "initialize", "l2_norm", "sharded_state_dict"]
 
 
 def __getattr__(name: str) -> object:

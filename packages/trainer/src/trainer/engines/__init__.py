@@ -25,7 +25,7 @@ class StepResult:
     loss_tokens: int
     """Labelled tokens of the global batch."""
     grad_norm: float
-    """L2 norm of the whole gradient before clipping; NaN where the step was skipped."""
+    """L2 norm of the whole gradient before clipping; no finite number where the step was skipped."""
     lr: float
     """Learning rate that this step used."""
     loss_scale: float

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ckpt_tools import Checkpoint, Part, open_checkpoint
+from ckpt_tools import Checkpoint, CheckpointError, Part, open_checkpoint
 from llama_model import LlamaModel
 
 PARTS: tuple[Part, ...] = ("main_weights", "exp_avg", "exp_avg_sq")
@@ -31,6 +31,8 @@ class Fragment:
     """The first element, in the row-major order of this rank's shard of the parameter."""
     tensors: Mapping[Part, torch.Tensor]
     """fp32, one-dimensional, all of one length: where the state of the elements from `begin` on is kept."""
+    weights: torch.Tensor
+    """The same elements of the parameter itself, which has been filled already."""
 
 
 @torch.no_grad()
@@ -38,19 +40,27 @@ def load_fragments(folder: Path, model: LlamaModel, fragments: Iterable[Fragment
     """Fills the tensors of every fragment.
 
     Raises:
-        CheckpointError: The checkpoint holds no optimizer state, or a broken one.
+        CheckpointError: The checkpoint holds no optimizer state, a broken one, or another model's: its main weights,
+            rounded, are the weights.
     """
     fragments = list(fragments)
     for part in PARTS:
         with open_checkpoint(folder, model.architecture, part=part) as checkpoint:
             for fragment in fragments:
-                _read(checkpoint, model, fragment.name, fragment.begin, fragment.tensors[part])
+                found, weights = _elements(checkpoint, model, fragment), fragment.weights
+                if part == "main_weights" and not torch.equal(found.to(weights.dtype), weights.cpu()):
+                    raise CheckpointError(
+                        f"{folder}: the optimizer's weights of {fragment.name} are not those of the model"
+                    )
+                fragment.tensors[part].copy_(found)
 
 
-def _read(checkpoint: Checkpoint, model: LlamaModel, name: str, begin: int, out: torch.Tensor) -> None:
-    canonical = model.canonical_name(name)
+def _elements(checkpoint: Checkpoint, model: LlamaModel, fragment: Fragment) -> torch.Tensor:
+    """Those of a fragment: fp32, one-dimensional."""
+    canonical, begin = model.canonical_name(fragment.name), fragment.begin
+    end = begin + len(fragment.weights)
     width = (*checkpoint.shard_shape(canonical, model.tensor_model_parallel_size), 1)[1]
-    rows = begin // width, -(-(begin + len(out)) // width)  # the whole rows around the elements
+    rows = begin // width, -(-end // width)  # the whole rows around the elements
     block = checkpoint.read_shard(
         canonical,
         model.tensor_model_parallel_rank,
@@ -58,5 +68,4 @@ def _read(checkpoint: Checkpoint, model: LlamaModel, name: str, begin: int, out:
         padded_vocab_size=model.padded_vocab_size,
         rows=rows,
     )
-    first = begin - rows[0] * width
-    out.copy_(torch.from_numpy(block).flatten()[first : first + len(out)])
+    return torch.from_numpy(block).flatten()[begin - rows[0] * width : end - rows[0] * width]

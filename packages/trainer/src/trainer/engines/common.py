@@ -1,7 +1,10 @@
 """What both engines make of the run's options, and what their ranks tell each other."""
 
 import math
+import re
+import shutil
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import distributed
 
 from trainer.config import TrainConfig
 from trainer.data import Batch
+from trainer.errors import TrainerError
 
 
 def recompute_of(config: TrainConfig) -> Recompute | None:
@@ -86,3 +90,14 @@ def first_bad(losses: torch.Tensor) -> int | None:
     first = torch.tensor(bad[0] * size + rank if bad else none, device=losses.device)
     distributed.all_reduce(first, op=distributed.ReduceOp.MIN)
     return None if int(first) == none else int(first)
+
+
+_LITTLE = 2**20
+"""Bytes left on a disk that is called full."""
+
+
+def could_not_write(folder: Path, who: str, reason: str) -> TrainerError:
+    """The error of a save that failed: torch says why behind words of its own."""
+    said = re.sub(r"^(Worker failure: )?(\[enforce fail at [^\]]*\] ?\.? ?)?", "", " ".join(reason.split()))
+    full = "; the disk is full" if shutil.disk_usage(folder).free < _LITTLE else ""
+    return TrainerError(f"{who} could not write its part of {folder}: {said}{full}")

@@ -4,16 +4,12 @@ Needs the extra `[deepspeed]`, which is imported when the engine is made.
 """
 
 import contextlib
-import importlib
 import io
-import logging
 import math
-import os
-import types
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from ckpt_tools import LlamaConfig
@@ -23,11 +19,10 @@ from torch import distributed
 
 from trainer.config import TrainConfig
 from trainer.data import Batch
-from trainer.deepspeed_options import check_installed, deepspeed_options
-from trainer.engines import Fill, StepResult, Writing
+from trainer.deepspeed_options import REPORTS, deepspeed_options
+from trainer.engines import Fill, StepResult, Writing, deepspeed_adaptor
 from trainer.engines import deepspeed_state as states
-from trainer.engines.common import all_finite, first_bad, loss_of_tokens, recompute_of, schedule_of
-from trainer.errors import ConfigError, TrainerError
+from trainer.engines.common import all_finite, could_not_write, first_bad, loss_of_tokens, recompute_of, schedule_of
 from trainer.hashes import leave_hashes
 
 
@@ -35,27 +30,23 @@ class DeepSpeedEngine:
     """Trains on the process groups that `llama_model.parallel.initialize` has made.
 
     Args:
-        config: The run's options.
+        config: The run's options, which `trainer.deepspeed_options.check` has passed.
         model: The architecture.
         device: Where this rank computes.
         fill: Gives the model its weights, before DeepSpeed takes its copies; under stage 3, where no rank holds the
             whole model, one parameter at a time.
-
-    Raises:
-        ConfigError: DeepSpeed is not installed, cannot do what is asked on this device, or the user's JSON for it
-            contradicts the run's options.
     """
 
     def __init__(self, config: TrainConfig, model: LlamaConfig, device: Device, fill: Fill) -> None:
         from megatron.core import parallel_state
 
         options = deepspeed_options(config, distributed.get_world_size())
-        deepspeed = _import_deepspeed(config, device)
+        deepspeed = deepspeed_adaptor.imported(device)
         self._config, self._device = config, device.torch_device()
         self._dp_rank: int = parallel_state.get_data_parallel_rank()
         self._dp_size: int = parallel_state.get_data_parallel_world_size()
         self._tp_rank: int = parallel_state.get_tensor_model_parallel_rank()
-        groups: Any = _Groups(parallel_state)
+        groups: Any = deepspeed_adaptor.Groups(parallel_state)
         with _partitioning(deepspeed, config, options, groups):
             (self._model,) = parallel.build_chunks(
                 model,
@@ -74,6 +65,8 @@ class DeepSpeedEngine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self._model, optimizer=adam, config=options, mpu=groups, dist_init_required=False
             )
+        if any(options.get(name) for name in REPORTS):
+            deepspeed_adaptor.let_it_speak()
         self._engine._copy_recovery_script = lambda _: None  # a script beside the checkpoints, that unpickles them
         self._adam = adam
         self._schedule = schedule_of(config, adam)
@@ -92,11 +85,12 @@ class DeepSpeedEngine:
         # DeepSpeed averages the copies' gradients: this makes it their sum, over the global number of tokens.
         share = self._dp_size / max(tokens, 1)
         losses = []
-        for batch in batches:
-            loss = self._loss(batch)
-            losses.append(loss.detach())
-            self._engine.backward(loss * share, scale_wrt_gas=False)
-            self._engine.step()  # which steps after the last one
+        with contextlib.redirect_stdout(sys.stderr):  # for the reports that a user's JSON may ask for
+            for batch in batches:
+                loss = self._loss(batch)
+                losses.append(loss.detach())
+                self._engine.backward(loss * share, scale_wrt_gas=False)
+                self._engine.step()  # which steps after the last one
         updated = bool(self._engine.was_step_applied())
         if updated:
             self._schedule.step(increment=self._config.global_batch_size)
@@ -135,10 +129,8 @@ class DeepSpeedEngine:
         try:
             # Its file `latest` would name the folder before the other ranks are done.
             self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        except OSError as error:
-            raise TrainerError(
-                f"rank {distributed.get_rank()} could not write its part of {folder}: {error.strerror or error}"
-            ) from error
+        except (OSError, RuntimeError) as error:
+            raise could_not_write(folder, f"rank {distributed.get_rank()}", str(error)) from error
         leave_hashes(folder, distributed.get_rank(), self._files(folder))
         return _Written()
 
@@ -194,49 +186,6 @@ class _Written:
     def finished(self, *, wait: bool) -> bool:
         """True."""
         return True
-
-
-class _Groups:
-    """megatron-core's process groups by the names that DeepSpeed asks for."""
-
-    def __init__(self, parallel_state: types.ModuleType) -> None:
-        self._state = parallel_state
-        self.get_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
-        self.get_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
-        self.get_model_parallel_group = parallel_state.get_tensor_model_parallel_group
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._state, name)
-
-
-def _import_deepspeed(config: TrainConfig, device: Device) -> Any:
-    """DeepSpeed, told which accelerator to use and not to compile anything, on the process group that is there."""
-    if config.fp16 and device.type == "cpu":
-        raise ConfigError("--fp16 with --mode zero: DeepSpeed has no float16 on a CPU; take --bf16, or --mode ptd")
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it looks for one, and talks about it
-    os.environ.setdefault("LOCAL_RANK", "0")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    check_installed()
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    _import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer")
-    # Only inference uses it, and on a CPU starting the process group would compile it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(device.collective_backend, auto_mpi_discovery=False, verbose=False)
-    return deepspeed
-
-
-def _import_uncompiled(module: str) -> None:
-    """Imports a module of DeepSpeed whose functions it would compile, and which is imported for its names only: torch's
-    compiler takes seconds to load, and 100 MiB.
-    """
-    from deepspeed.runtime import compiler
-
-    with mock.patch.object(compiler, "compile", return_value=lambda function: function):
-        importlib.import_module(module)
 
 
 def _partitioning(

@@ -28,6 +28,13 @@ class _Share(NamedTuple):
     """Where they begin there."""
     length: int
 
+    def weights(self) -> torch.Tensor:
+        """The same elements of the parameter itself; under stage 3 its partition begins where the share does."""
+        partition: torch.Tensor | None = getattr(self.parameter, "ds_tensor", None)
+        if partition is not None:
+            return partition.view(-1)[: self.length]
+        return self.parameter.data.view(-1)[self.begin : self.begin + self.length]
+
 
 def load(folder: Path, model: LlamaModel, optimizer: Any) -> None:
     """Fills main weights and moments.
@@ -40,9 +47,8 @@ def load(folder: Path, model: LlamaModel, optimizer: Any) -> None:
     for share in _shares(optimizer):
         here = slice(share.at, share.at + share.length)
         kept = parts(share.flat, _state(optimizer, share.flat))
-        fragments.append(
-            Fragment(names[share.parameter], share.begin, {part: flat[here] for part, flat in kept.items()})
-        )
+        tensors = {part: flat[here] for part, flat in kept.items()}
+        fragments.append(Fragment(names[share.parameter], share.begin, tensors, share.weights()))
     load_fragments(folder, model, fragments)
 
 

@@ -178,7 +178,12 @@ def load_canonical(folder: Path, chunks: list[LlamaModel], optimizer: Any) -> No
     for chunk in chunks:
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in chunk.named_parameters()}
         fragments = [
-            Fragment(names[weight], begin, parts(main, _moments(inner, main)))
+            Fragment(
+                names[weight],
+                begin,
+                parts(main, _moments(inner, main)),
+                weight.data.view(-1)[begin : begin + main.numel()],
+            )
             for weight, begin, main in _mains(inner)
             if weight in names
         ]

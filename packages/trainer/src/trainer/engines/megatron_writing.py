@@ -8,8 +8,6 @@ results come through a pipe, and whatever goes wrong ends the save.
 import contextlib
 import multiprocessing
 import queue
-import re
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,14 +17,12 @@ from typing import Any
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
+from trainer.engines.common import could_not_write
 from trainer.errors import TrainerError
 from trainer.hashes import leave_hashes
 
 Bucket = tuple[Path, str, Any]
 """A file, its name in `.metadata`, and the items that it is to hold."""
-
-_LITTLE = 2**20
-"""Bytes left on a disk that is called full."""
 
 
 def begin(folder: Path, state: dict[str, Any], metadata: dict[str, Any], *, in_background: bool) -> "Writing":
@@ -143,6 +139,4 @@ def _failure(folder: Path, error: BaseException) -> TrainerError:
     if isinstance(error, CheckpointException):
         who = ", ".join(f"rank {rank}" for rank in error.failures) or "another rank"
         reason = next((str(cause) for cause, _ in error.failures.values()), "its own line says why")
-    full = "; the disk is full" if shutil.disk_usage(folder).free < _LITTLE else ""
-    said = re.sub(r"^(Worker failure: )?(\[enforce fail at [^\]]*\] ?\.? ?)?", "", " ".join(reason.split()))
-    return TrainerError(f"{who} could not write its part of {folder}: {said or type(error).__name__}{full}")
+    return could_not_write(folder, who, reason or type(error).__name__)
