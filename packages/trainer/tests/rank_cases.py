@@ -1,5 +1,6 @@
 """What the ranks of the engine's tests run; imported by their processes."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -68,6 +69,7 @@ class Trainer:
         return self
 
     def __exit__(self, *_):
+        self.engine.close()
         parallel.destroy()
 
     def batches(self, tokens, labels):
@@ -125,6 +127,18 @@ def train(case, options):
         with trainer.engine._whole_weights():
             weights = errors(trainer, dict(trainer.parameters()), case.weights, relative=False)
         return history, gradient, max(weights.values())
+
+
+def threads_left(case, options):
+    """Threads of this process after each of three runs."""
+    counts = []
+    for _ in range(3):
+        with Trainer(case.folder, **options) as trainer:
+            trainer.step(*case.batches[0])
+        del trainer
+        gc.collect()
+        counts.append(len(list(Path("/proc/self/task").iterdir())))
+    return counts
 
 
 def first_gradient_error(case, options, folder):

@@ -140,9 +140,8 @@ REFUSED = {
 def test_what_would_be_another_run_is_refused(straight, tmp_path, case):
     options, code, words = REFUSED[case]
     out = tmp_path / "out"
-    more = ["--resume", straight.path, "--output-dir", out, "--train-iters", "80", "--nproc-per-node", "1"]
-    layout = ["--tensor-model-parallel-size", "1", "--no-sequence-parallel"]
-    said = trainer("pretrain", *more, *layout, *options, code=code).stderr.strip().splitlines()
+    more = ["--resume", straight.path, "--output-dir", out, "--train-iters", "80"]
+    said = trainer("pretrain", *more, *options, code=code).stderr.strip().splitlines()
     assert [line for line in said if line.startswith("error: ")] == said[-1:]
     assert words in said[-1]
     assert not (out / "metrics.jsonl").exists()

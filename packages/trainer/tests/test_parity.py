@@ -61,3 +61,9 @@ def test_half_precision_stays_near(ranks, cases):
     for precision in ("bf16", "fp16"):
         for history, _, _ in ranks.run(rank_cases.train, case, {precision: True, **layout}):
             np.testing.assert_allclose(np.array(history)[:, 0], np.array(case.history)[:, 0], atol=0.03)
+
+
+def test_a_run_leaves_no_thread_behind(ranks, cases):
+    """Each of gloo's groups has some, which look around a hundred times a second."""
+    for first, *others in ranks.run(rank_cases.threads_left, cases["gqa"], dict(use_distributed_optimizer=True)):
+        assert set(others) == {first}

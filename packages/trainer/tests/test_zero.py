@@ -120,6 +120,12 @@ def test_validation_and_the_wish_to_stop_are_every_ranks(pools, case):
             assert stop
 
 
+def test_a_run_leaves_no_thread_behind(pools, case):
+    """At stage 3 DeepSpeed keeps two of the groups for good."""
+    for first, *others in pools[2].run(rank_cases.threads_left, case, zero(2)):
+        assert set(others) == {first}
+
+
 def test_each_stage_holds_the_bytes_that_zero_promises(pools, case):
     """4 bytes a weight and gradient, 8 for moments; what a stage shares out falls with the ranks (padding apart).
 

@@ -175,6 +175,7 @@ class _Job:
                     self._end_early()
             self._announce(self._checkpoints.finish(wait=True))
         torch.distributed.barrier()
+        self._engine.close()
         return self._run
 
     def _step(self, stop: "_Stop") -> tuple[StepResult, dict[str, Any]]:

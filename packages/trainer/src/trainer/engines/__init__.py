@@ -83,3 +83,9 @@ class Engine(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes what `state` gave."""
+
+    def close(self) -> None:
+        """Ends the engine: what it keeps of the process groups is let go of, so that their threads can end.
+
+        Python's collector does not see all of it, through the hooks in autograd's graph.
+        """

@@ -148,6 +148,10 @@ class DeepSpeedEngine:
         self._schedule.num_steps = 0
         self._schedule.step(increment=state["schedule_samples"])
 
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._engine.destroy()
+
     # --- a pass over the global batch
 
     def _loss(self, batch: Batch) -> torch.Tensor:

@@ -124,6 +124,11 @@ class MegatronEngine:
         self._schedule.num_steps = 0
         self._schedule.step(increment=state["schedule_samples"])
 
+    def close(self) -> None:
+        """See `Engine.close`."""
+        for chunk in self._chunks:
+            vars(chunk).clear()
+
     # --- a pass over the global batch
 
     def _run(self, batches: Iterable[Batch], *, forward_only: bool, stop_asked: bool = False) -> "_Total":
