@@ -285,6 +285,16 @@ def test_bfloat16_keeps_its_main_weights_from_engine_to_engine(pools, case, tmp_
     assert '"optimizer_steps": 3' in steps.pop()
 
 
+def test_the_loss_scale_goes_on_in_either_engine(pools):
+    """DeepSpeed has no float16 on a CPU: its scaler and megatron-core's are asked alone, after random overflows."""
+    (results,) = pools[1].run(zero_cases.scales, 200)
+    for source, target, expected, found in results:
+        assert found == expected, f"{source} to {target}"
+    assert len({json.dumps(expected) for _, _, expected, _ in results}) > 20, (
+        "all the same: the comparison shows nothing"
+    )
+
+
 def test_deepspeeds_own_loader_opens_a_checkpoint(pools, case, tmp_path):
     for stage in (2, 3):
         home = tmp_path / str(stage)

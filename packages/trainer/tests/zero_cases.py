@@ -1,11 +1,17 @@
 """What the ranks of zero mode's tests run; imported by their processes."""
 
 import contextlib
+import copy
+import json
+import random
 import re
+from types import SimpleNamespace
 
 import rank_cases
 import torch
 from ckpt_tools import CheckpointError
+from llama_model import parallel
+from trainer.engines import deepspeed_adaptor, deepspeed_state, megatron_state
 
 
 def whole(engine):
@@ -52,6 +58,68 @@ def refused_resume(case, options, source):
             rank_cases.load(trainer, source)
         except CheckpointError as error:
             return re.sub(r"weights of \S+", "weights of one", str(error))
+
+
+def scales(count):
+    """By source, target and state: how many steps without an overflow it takes until the loss scale doubles, and how
+    many overflows until it halves, in the scaler that went through random ones and in the one that took its state.
+    """
+    deepspeed_adaptor.imported(parallel.initialize())
+    try:
+        draw, found = random.Random(0), []
+        for _ in range(count):
+            overflows = [draw.random() < 0.4 for _ in range(draw.randint(0, 12))]
+            for source in ENGINES:
+                first = ENGINES[source][0]()
+                for overflow in overflows:
+                    update(first, overflow)
+                saved = json.loads(json.dumps(ENGINES[source][1].progress(first)))
+                for target, (make, states) in ENGINES.items():
+                    second = make()
+                    states.set_progress(second, saved)
+                    found.append((source, target, *(ahead(scaler) for scaler in (first, second))))
+        return found
+    finally:
+        parallel.destroy()
+
+
+def of_deepspeed():
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(2.0**20, 3, 1.0, 2, False, raise_error_at_min_scale=False)
+    return SimpleNamespace(optimizer=SimpleNamespace(state={}), loss_scaler=scaler)
+
+
+def of_megatron():
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+    scaler = DynamicGradScaler(2.0**20, 1.0, 2.0, 0.5, 3, 2)
+    return SimpleNamespace(optimizer=SimpleNamespace(state={}, param_groups=[]), grad_scaler=scaler)
+
+
+ENGINES = {"deepspeed": (of_deepspeed, deepspeed_state), "megatron": (of_megatron, megatron_state)}
+
+
+def update(optimizer, overflow):
+    scaler = getattr(optimizer, "loss_scaler", None)
+    scaler.update_scale(overflow) if scaler else optimizer.grad_scaler.update(overflow)
+
+
+def scale(optimizer):
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return float(scaler.cur_scale) if scaler else optimizer.grad_scaler.scale.item()
+
+
+def ahead(optimizer):
+    """The scale, steps until it doubles, overflows until it halves: of copies."""
+    counts = []
+    for overflow in (False, True):
+        other, number = copy.deepcopy(optimizer), 0
+        while scale(other) == scale(optimizer) and number < 100:
+            update(other, overflow)
+            number += 1
+        counts.append(number)
+    return scale(optimizer), *counts
 
 
 def bytes_held(case, options):

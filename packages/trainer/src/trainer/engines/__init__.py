@@ -77,8 +77,9 @@ class Engine(Protocol):
         """What else goes on from a checkpoint, as JSON that every engine takes: how far the schedule, the optimizer's
         bias correction and the loss scale have come.
 
-        `schedule_samples`; `optimizer_steps`; `loss_scaler`: None, or `scale`, `growth` (steps since the last overflow)
-        and `hysteresis` (overflows that are left before it halves).
+        `schedule_samples`; `optimizer_steps`; `loss_scaler`: None, or `scale`, `growth` (it doubles after
+        `loss_scale_window` less so many steps without an overflow) and `hysteresis` (it halves at that overflow, from
+        1 on).
         """
 
     def load_state(self, state: dict[str, Any]) -> None:

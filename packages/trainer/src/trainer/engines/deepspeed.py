@@ -65,6 +65,7 @@ class DeepSpeedEngine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=self._model, optimizer=adam, config=options, mpu=groups, dist_init_required=False
             )
+        states.leave_smallest_scale_to_the_loop(self._optimizer)
         if any(options.get(name) for name in REPORTS):
             deepspeed_adaptor.let_it_speak()
         self._engine._copy_recovery_script = lambda _: None  # a script beside the checkpoints, that unpickles them

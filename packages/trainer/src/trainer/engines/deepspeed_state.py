@@ -54,13 +54,15 @@ def load(folder: Path, model: LlamaModel, optimizer: Any) -> None:
 
 def progress(optimizer: Any) -> dict[str, Any]:
     """The optimizer's steps and the loss scale: see `Engine.state`."""
-    steps = [int(state["step"]) for state in optimizer.optimizer.state.values() if "step" in state]
+    taken = [int(state["step"]) for state in optimizer.optimizer.state.values() if "step" in state]
     scaler = _dynamic_scaler(optimizer)
     scale = None
     if scaler is not None:
-        since_overflow = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
-        scale = {"scale": float(scaler.cur_scale), "growth": since_overflow, "hysteresis": int(scaler.cur_hysteresis)}
-    return {"optimizer_steps": max(steps, default=0), "loss_scaler": scale}
+        # It doubles one step later than Megatron's after an overflow, and as Megatron's from then on.
+        steps_since = scaler.cur_iter - scaler.last_overflow_iter - 1
+        growth = (steps_since - 1) % scaler.scale_window if steps_since else -1
+        scale = {"scale": float(scaler.cur_scale), "growth": growth, "hysteresis": int(scaler.cur_hysteresis)}
+    return {"optimizer_steps": max(taken, default=0), "loss_scaler": scale}
 
 
 def set_progress(optimizer: Any, state: dict[str, Any]) -> None:
@@ -71,7 +73,13 @@ def set_progress(optimizer: Any, state: dict[str, Any]) -> None:
     scaler, saved = _dynamic_scaler(optimizer), state["loss_scaler"]
     if scaler is not None and saved is not None:
         scaler.cur_scale, scaler.cur_hysteresis = saved["scale"], saved["hysteresis"]
-        scaler.cur_iter, scaler.last_overflow_iter = saved["growth"], -1
+        scaler.cur_iter, scaler.last_overflow_iter = saved["growth"] + 1, -1
+
+
+def leave_smallest_scale_to_the_loop(optimizer: Any) -> None:
+    """An overflow at the smallest loss scale is no exception of the optimizer's: `trainer.loop` names its samples."""
+    if (scaler := _dynamic_scaler(optimizer)) is not None:
+        scaler.raise_error_at_min_scale = False
 
 
 def loss_scale(optimizer: Any) -> float:

@@ -212,7 +212,7 @@ def progress(optimizer: Any) -> dict[str, Any]:
     scale = None
     if scaler is not None:
         scale = {"scale": float(scaler.scale), "growth": scaler._growth_tracker}
-        scale["hysteresis"] = scaler._hysteresis_tracker
+        scale["hysteresis"] = max(1, scaler._hysteresis_tracker)  # it falls on below 1, which says the same
     return {"optimizer_steps": steps, "loss_scaler": scale}
 
 
