@@ -65,4 +65,4 @@ def title(options):
     words += ["overlap"] * options.get("overlap_grad_reduce", False)
     if granularity := options.get("recompute_granularity"):
         words.append(f"{granularity} {options.get('recompute_method', '')}".strip())
-    return ", ".join([*words, f"micro {options.get('micro_batch_size', 1)}"])
+    return ", ".join([*words, f"micro {options['micro_batch_size']}"])

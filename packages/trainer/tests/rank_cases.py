@@ -22,7 +22,8 @@ def config_of(folder, **options):
     """A configuration around in-memory batches: the paths are never read."""
     needed = dict(
         data_path=(Path("none"),), output_dir=Path("none"), load_weights=folder, train_iters=100,
-        seq_length=LENGTH, global_batch_size=SAMPLES, lr_decay_style="constant", initial_loss_scale=2.0**8,
+        seq_length=LENGTH, global_batch_size=SAMPLES, micro_batch_size=2,
+        lr_decay_style="constant", initial_loss_scale=2.0**8,
     )  # fmt: skip
     return TrainConfig(**{**needed, **OPTIMIZER, **options})
 

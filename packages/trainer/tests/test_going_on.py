@@ -20,12 +20,12 @@ STEPS = 60
 OPTIONS = [
     *("--train-iters", str(STEPS), "--seq-length", "24", "--global-batch-size", "4", "--eval-iters", "1"),
     *("--lr", "0.01", "--min-lr", "0.001", "--lr-warmup-iters", "5", "--split", "80,20,0", "--log-interval", "20"),
-    *("--save-interval", "10", "--adam-beta2", "0.95"),
+    *("--save-interval", "10", "--adam-beta2", "0.95", "--micro-batch-size", "2"),
 ]
 TWO = ["--nproc-per-node", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
 OTHER = [
     *("--nproc-per-node", "2", "--tensor-model-parallel-size", "1", "--no-sequence-parallel"),
-    *("--use-distributed-optimizer", "--micro-batch-size", "2"),
+    *("--use-distributed-optimizer", "--micro-batch-size", "1"),
 ]
 
 

@@ -60,12 +60,12 @@ LAYOUTS = {
     "one rank, stage 3": (1, dict(zero_stage=3, **FULL)),
     "two ranks, stage 1": (2, dict(zero_stage=1)),
     "two ranks, stage 2": (2, dict(zero_stage=2, **SELECTIVE)),
-    "two ranks, stage 3": (2, dict(zero_stage=3, micro_batch_size=2)),
+    "two ranks, stage 3": (2, dict(zero_stage=3, micro_batch_size=1)),
     "four ranks, stage 1": (4, dict(zero_stage=1, **FULL)),
     "four ranks, stage 2": (4, dict(zero_stage=2)),
     "four ranks, stage 3": (4, dict(zero_stage=3, **SELECTIVE)),
     "tp2 dp2, stage 1": (4, dict(zero_stage=1, **TP2)),
-    "tp2 dp2, stage 2": (4, dict(zero_stage=2, micro_batch_size=2, **TP2)),
+    "tp2 dp2, stage 2": (4, dict(zero_stage=2, micro_batch_size=1, **TP2)),
     "tp2 dp2, stage 3": (4, dict(zero_stage=3, **TP2, **FULL)),
 }
 
@@ -136,7 +136,7 @@ def test_each_stage_holds_the_bytes_that_zero_promises(pools, case):
     whole = sum(sizes)
     for ranks in (1, 2, 4):
         for stage in (1, 2, 3):
-            for held in pools[ranks].run(zero_cases.bytes_held, case, dict(zero_stage=stage)):
+            for held in pools[ranks].run(zero_cases.bytes_held, case, dict(zero_stage=stage, micro_batch_size=1)):
                 share = pytest.approx(whole / ranks, rel=0.01)
                 assert held["weights"] == (share if stage == 3 else whole)
                 assert held["optimizer"] == pytest.approx(2 * whole / ranks, rel=0.01)
@@ -146,8 +146,9 @@ def test_each_stage_holds_the_bytes_that_zero_promises(pools, case):
                     assert held["gradients"] == (share if stage == 3 else whole)
 
 
-def test_a_converted_deepspeed_folder_is_where_a_run_can_begin(pools, cases, tmp_path):
-    case, options = cases["mha"], dict(zero_stage=3)
+@pytest.mark.parametrize("groups", ["mha", "gqa"])
+def test_a_converted_deepspeed_folder_is_where_a_run_can_begin(pools, cases, tmp_path, groups):
+    case, options = cases[groups], dict(zero_stage=3)
     convert(case.folder, tmp_path / "deepspeed", to="deepspeed")
     begun = dataclasses.replace(case, folder=tmp_path / "deepspeed")
     assert pools[2].run(zero_cases.train, begun, options) == pools[2].run(zero_cases.train, case, options)
@@ -337,8 +338,8 @@ def test_a_users_json_adds_to_the_options(tmp_path):
     assert merged["zero_optimization"] == {
         "stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000, "contiguous_gradients": True,
     }  # fmt: skip
-    assert merged["train_micro_batch_size_per_gpu"] == 1
-    assert merged["gradient_accumulation_steps"] == 4
+    assert merged["train_micro_batch_size_per_gpu"] == 2
+    assert merged["gradient_accumulation_steps"] == 2
     assert merged["wall_clock_breakdown"] is True
 
 
