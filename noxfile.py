@@ -35,6 +35,8 @@ SIBLINGS = {
 PACKAGES = list(SIBLINGS)
 OTHER_PYTHONS = ["3.12", "3.13"]
 CONSTRAINTS = ("-c", "constraints.txt")
+IN_ONE_PROCESS = ("npu-kernels", "ckpt-tools", "data-prep")
+"""Packages whose tests mostly keep to one process: two run at a time. The others' fill both cores themselves."""
 
 
 def folders(package: str, extras: str = "") -> list[str]:
@@ -100,7 +102,10 @@ def tests(session: nox.Session, package: str) -> None:
     """One package's tests, in an environment with only what it declares and its test group."""
     session.install(*CONSTRAINTS, *folders(package), *test_group(package))
     session.chdir(f"packages/{package}")
-    session.run("pytest", *session.posargs)
+    if package in IN_ONE_PROCESS:
+        session.run("pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    else:
+        session.run("pytest", *session.posargs)
 
 
 @nox.session
