@@ -79,6 +79,7 @@ def main(table):
                     rows.append(f"| {world} | {title(options)} | {numbers} | {'yes' if fits else '**no**'} |")
                     print(rows[-1], flush=True)
     limits = "Limits: loss {:g} absolute, gradient {:g} and norm {:g} relative, weight {:g} absolute.".format(*LIMITS)
+    limits += " A gradient of 0 was not compared: each rank has its share only."
     head = ["| processes | layout | loss | gradient | norm | weight | within limits |", "|---|---|---|---|---|---|---|"]
     lines = [f"{len(rows)} layouts, {failed} beyond the limits. {limits}", "", *head, *rows]
     table.write_text("\n".join(lines) + "\n", "utf-8")
