@@ -26,7 +26,7 @@ def lines(config: TrainConfig, start: Start, order: DataOrder, on: Device, world
         f"{config.num_microbatches(world_size)} micro-batches of {config.micro_batch_size} on each copy of the model"
     )
     for source in order.sources:
-        share = f"{source.weight:.1%} " if len(order.sources) > 1 else ""
+        share = f"{source.weight:.1%} " if source.weight < 1 else ""  # the three files of instruction data are whole
         yield f"data     {share}{source.name}: {source.sequences:,} sequences, {source.tokens:,} tokens"
     vocabulary = f"sha256 {start.vocab_sha256[:12]}" if start.vocab_sha256 else "no tokenizer, so no fingerprint"
     yield f"vocab    {model.vocab_size:,} entries, {vocabulary}"
