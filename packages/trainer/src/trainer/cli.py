@@ -104,12 +104,10 @@ def _run_job(options: TrainConfig, kind: Literal["pretrain", "finetune"], json: 
 
 def _check_before_start(options: TrainConfig, kind: str) -> None:
     """Refuses without torch, before any process is started, what can be refused so early."""
-    from trainer import deepspeed_options, output
-    from trainer.start import begin
+    from trainer import output
+    from trainer.start import begin, check_processes
 
-    options.num_microbatches(options.nproc_per_node)
-    if options.mode == "zero":
-        deepspeed_options.check(options, options.nproc_per_node)
+    check_processes(options, options.nproc_per_node)
     with begin(options, kind):
         output.check_output(options)
 

@@ -18,7 +18,7 @@ from llama_model import LlamaModel, flops, init_weights, load_weights, parallel
 from npu_kernels import Device, device, require_fused
 from tqdm import tqdm
 
-from trainer import deepspeed_options, header, metrics, output
+from trainer import header, metrics, output
 from trainer.checkpoints import Checkpoints
 from trainer.config import PRETRAINING_ONLY, TrainConfig, changed, flag
 from trainer.data import DataOrder, Loader, check_split, check_vocabulary, data_files, sample_numbers, training_data
@@ -28,7 +28,7 @@ from trainer.errors import TerminatedError, TrainerError
 from trainer.progress import FILE as PROGRESS
 from trainer.progress import Progress, schedule_of
 from trainer.run import Run
-from trainer.start import Start, begin
+from trainer.start import Start, begin, check_processes
 
 Kind = Literal["pretrain", "finetune"]
 
@@ -58,7 +58,7 @@ def train(config: TrainConfig, kind: Kind = "pretrain") -> Run:
         )
         is_first = torch.distributed.get_rank() == 0
         try:
-            _check_processes(config, on)
+            check_processes(config, torch.distributed.get_world_size(), on.type)
             run = _Job(config, kind, start, on, notes).run()
         finally:
             parallel.destroy()
@@ -81,18 +81,6 @@ def check_data(config: TrainConfig, kind: str, start: Start) -> list[str]:
             check_split(config, prefix)
     found = [check_vocabulary(prefix, start.model.vocab_size, start.vocab_sha256) for prefix in prefixes]
     return list(dict.fromkeys(note for note in found if note))
-
-
-def _check_processes(config: TrainConfig, on: Device) -> None:
-    """Refuses what so many processes cannot do on this device.
-
-    Raises:
-        ConfigError: The batches do not divide, or DeepSpeed does not do it.
-    """
-    world_size = torch.distributed.get_world_size()
-    config.num_microbatches(world_size)
-    if config.mode == "zero":
-        deepspeed_options.check(config, world_size, on.type)
 
 
 def _chunks_per_stage(config: TrainConfig, start: Start) -> int | None:

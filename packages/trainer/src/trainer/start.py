@@ -9,6 +9,7 @@ from typing import Any
 from ckpt_tools import Checkpoint, LlamaConfig, open_checkpoint, tokenizer_files
 from data_prep import Tokenizer
 
+from trainer import deepspeed_options
 from trainer.config import TrainConfig
 from trainer.errors import TrainerError
 from trainer.progress import Progress, check_same_run
@@ -61,6 +62,17 @@ def begin(config: TrainConfig, kind: str) -> Iterator[Start]:
             checkpoint=None if progress and _reads_itself(config, checkpoint) else checkpoint,
             progress=progress,
         )
+
+
+def check_processes(config: TrainConfig, world_size: int, device_type: str | None = None) -> None:
+    """Refuses what so many processes cannot do; on this device, once that is known.
+
+    Raises:
+        ConfigError: The batches do not divide, or DeepSpeed does not do it.
+    """
+    config.num_microbatches(world_size)
+    if config.mode == "zero":
+        deepspeed_options.check(config, world_size, device_type)
 
 
 def _reads_itself(config: TrainConfig, checkpoint: Checkpoint) -> bool:

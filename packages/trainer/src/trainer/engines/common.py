@@ -28,6 +28,16 @@ def recompute_of(config: TrainConfig) -> Recompute | None:
     )
 
 
+def transformer_options(config: TrainConfig) -> dict[str, Any]:
+    """What both engines tell megatron-core's TransformerConfig."""
+    return {
+        "bf16": config.bf16,
+        "fp16": config.fp16,
+        "params_dtype": getattr(torch, config.dtype),
+        "perform_initialization": False,  # `Fill` does
+    }
+
+
 def schedule_of(config: TrainConfig, optimizer: Any) -> Any:
     """Megatron's schedule, counted in samples: the first step of a warm-up has the rate 0.
 
@@ -50,6 +60,12 @@ def schedule_of(config: TrainConfig, optimizer: Any) -> Any:
         wd_incr_steps=config.train_iters * samples,
         wd_incr_style="constant",
     )
+
+
+def set_schedule(schedule: Any, samples: int) -> None:
+    """Takes a schedule to where it stood after so many samples."""
+    schedule.num_steps = 0
+    schedule.step(increment=samples)
 
 
 def loss_of_tokens(model: Callable[..., torch.Tensor], batch: Batch, device: torch.device) -> torch.Tensor:

@@ -22,7 +22,16 @@ from trainer.data import Batch
 from trainer.deepspeed_options import REPORTS, deepspeed_options
 from trainer.engines import Fill, StepResult, Writing, deepspeed_adaptor
 from trainer.engines import deepspeed_state as states
-from trainer.engines.common import all_finite, could_not_write, first_bad, loss_of_tokens, recompute_of, schedule_of
+from trainer.engines.common import (
+    all_finite,
+    could_not_write,
+    first_bad,
+    loss_of_tokens,
+    recompute_of,
+    schedule_of,
+    set_schedule,
+    transformer_options,
+)
 from trainer.hashes import leave_hashes
 
 
@@ -51,12 +60,7 @@ class DeepSpeedEngine:
             (self._model,) = parallel.build_chunks(
                 model,
                 config.layout,
-                transformer_options={
-                    "bf16": config.bf16,
-                    "fp16": config.fp16,
-                    "params_dtype": getattr(torch, config.dtype),
-                    "perform_initialization": False,  # `fill` does
-                },
+                transformer_options=transformer_options(config),
                 recompute=recompute_of(config),
             )
         fill(self._model, _one_by_one(self._model))
@@ -146,8 +150,7 @@ class DeepSpeedEngine:
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Engine.load_state`."""
         states.set_progress(self._optimizer, state)
-        self._schedule.num_steps = 0
-        self._schedule.step(increment=state["schedule_samples"])
+        set_schedule(self._schedule, state["schedule_samples"])
 
     def close(self) -> None:
         """See `Engine.close`."""

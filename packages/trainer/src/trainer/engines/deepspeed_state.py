@@ -94,7 +94,7 @@ def _dynamic_scaler(optimizer: Any) -> Any | None:
     return scaler if getattr(scaler, "dynamic", False) else None
 
 
-def flat_weights(optimizer: Any) -> list[torch.Tensor]:
+def _flat_weights(optimizer: Any) -> list[torch.Tensor]:
     """The flat fp32 main weights."""
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, name):  # of stage 3, of 1 and 2, and of 1 in bf16
@@ -103,7 +103,7 @@ def flat_weights(optimizer: Any) -> list[torch.Tensor]:
 
 
 def _shares(optimizer: Any) -> Iterator[_Share]:
-    flats = flat_weights(optimizer)
+    flats = _flat_weights(optimizer)
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         yield from _shares_of_parameters(optimizer.fp16_groups, flats)
         return

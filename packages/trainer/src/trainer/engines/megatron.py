@@ -19,7 +19,15 @@ from trainer.config import TrainConfig
 from trainer.data import Batch
 from trainer.engines import Fill, StepResult, Writing
 from trainer.engines import megatron_state as states
-from trainer.engines.common import all_finite, first_bad, loss_of_tokens, recompute_of, schedule_of
+from trainer.engines.common import (
+    all_finite,
+    first_bad,
+    loss_of_tokens,
+    recompute_of,
+    schedule_of,
+    set_schedule,
+    transformer_options,
+)
 
 _LOW = 4096
 """Numbers of tokens travel in two fp32 parts, so that a sum over many ranks stays exact."""
@@ -121,8 +129,7 @@ class MegatronEngine:
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Engine.load_state`."""
         states.set_progress(self._optimizer, state)
-        self._schedule.num_steps = 0
-        self._schedule.step(increment=state["schedule_samples"])
+        set_schedule(self._schedule, state["schedule_samples"])
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -206,12 +213,8 @@ class _Total:
 
 
 def _transformer_options(config: TrainConfig, device: Device) -> dict[str, Any]:
-    return {
-        "bf16": config.bf16,
-        "fp16": config.fp16,
-        "params_dtype": getattr(torch, config.dtype),
+    return transformer_options(config) | {
         "sequence_parallel": config.sequence_parallel,
-        "perform_initialization": False,  # `fill` does
         # A device's stream has sent an output before its memory is used again; gloo reads it whenever it comes to it.
         "deallocate_pipeline_outputs": config.pipeline_model_parallel_size > 1 and device.type != "cpu",
         "overlap_p2p_comm": config.num_layers_per_virtual_pipeline_stage is not None,
